@@ -1,0 +1,171 @@
+"""Low-bit tensors in safetensors files: names, the header record, version and checksums.
+
+A parameter ``layers.0.q_proj.weight`` becomes the tensors ``layers.0.q_proj.weight_codes``, ``..._scale`` and so on. The
+header of every file carries one entry, ``hf_lowbit``: a JSON object with the format version, the layout of each
+parameter and a CRC-32 of each tensor the writer knew, plus ``hf_lowbit_crc``, the CRC-32 of that JSON text.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_lowbit.errors import FormatError
+from hf_lowbit.format.layout import Layout
+from hf_lowbit.format.tensor import LowBitTensor
+
+FORMAT_VERSION = 1
+RECORD_KEY = "hf_lowbit"
+RECORD_CRC_KEY = "hf_lowbit_crc"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a checkpoint's header says: parameter name -> layout, tensor name -> CRC-32 of its bytes."""
+
+    layouts: dict[str, Layout]
+    checksums: dict[str, int] = field(default_factory=dict)
+
+    def to_metadata(self) -> dict[str, str]:
+        """The two header entries."""
+        text = json.dumps(
+            {
+                "format_version": FORMAT_VERSION,
+                "tensors": {name: layout.to_json() for name, layout in sorted(self.layouts.items())},
+                "crc32": dict(sorted(self.checksums.items())),
+            },
+            separators=(",", ":"),
+        )
+        return {RECORD_KEY: text, RECORD_CRC_KEY: str(zlib.crc32(text.encode()))}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str] | None, where: str) -> Record:
+        """Inverse of :meth:`to_metadata`; ``where`` names the file in messages.
+
+        Raises:
+            FormatError: no record, a damaged one, or one of a newer format version.
+        """
+        text = (metadata or {}).get(RECORD_KEY)
+        if text is None:
+            raise FormatError(
+                f"{where} holds no {RECORD_KEY!r} record in its safetensors header, so it is not an hf-lowbit file or "
+                "another tool rewrote it without the header. Use the file as hf-lowbit saved it."
+            )
+        if str(zlib.crc32(text.encode())) != (metadata or {}).get(RECORD_CRC_KEY):
+            raise FormatError(f"{where}: the {RECORD_KEY!r} record in the header is damaged (checksum). Fetch it again.")
+        values = json.loads(text)
+        check_version(values.get("format_version"), where)
+        return cls({name: Layout.from_json(entry) for name, entry in values["tensors"].items()}, values["crc32"])
+
+
+def check_version(version: object, where: str) -> None:
+    """Refuse a format this release does not know.
+
+    Raises:
+        FormatError: naming both versions and the remedy.
+    """
+    if not isinstance(version, int) or version < 1:
+        raise FormatError(f"{where} states format version {version!r}, which no release of hf-lowbit wrote.")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{where} has format version {version}, this hf-lowbit reads up to {FORMAT_VERSION}. "
+            "Upgrade it: pip install --upgrade hf-lowbit"
+        )
+
+
+def field_name(parameter: str, stored: str) -> str:
+    """Name of one stored tensor of a parameter."""
+    return f"{parameter}_{stored}"
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's bytes in row-major order."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+
+
+def verify(record: Record, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Compare checksums of those ``tensors`` the record lists.
+
+    Raises:
+        FormatError: naming the first tensor whose bytes changed.
+    """
+    for name, tensor in tensors.items():
+        expected = record.checksums.get(name)
+        if expected is not None and checksum(tensor) != expected:
+            raise FormatError(f"{where}: the bytes of tensor {name!r} are damaged (checksum). Fetch the file again.")
+
+
+def read_record(files: Iterable[str | Path]) -> Record:
+    """The record of a checkpoint's safetensors files, after checking that every named tensor is there as described.
+
+    Only headers are read.
+
+    Raises:
+        FormatError: an unreadable or truncated file, no record, or tensors that disagree with it.
+    """
+    record: Record | None = None
+    present: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        with _open(file) as handle:
+            record = record or Record.from_metadata(handle.metadata(), str(file))
+            for name in handle.keys():
+                piece = handle.get_slice(name)
+                present[name] = (piece.get_dtype(), piece.get_shape())
+    if record is None:
+        raise FormatError("no safetensors file to read a low-bit record from.")
+    for parameter, layout in record.layouts.items():
+        for stored, expected in layout.fields.items():
+            name = field_name(parameter, stored)
+            wanted = (_DTYPE_NAMES[expected.dtype], list(expected.shape))
+            if present.get(name) != wanted:
+                found = "nothing" if name not in present else f"{present[name][0]} {present[name][1]}"
+                raise FormatError(f"tensor {name!r} should be {wanted[0]} {wanted[1]}, found {found}.")
+    return record
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, LowBitTensor]) -> None:
+    """Write low-bit tensors to one safetensors file that :func:`load_tensors` and any reader of the format opens."""
+    flat = {
+        field_name(name, stored): value.contiguous()
+        for name, tensor in tensors.items()
+        for stored, value in tensor.tensors.items()
+    }
+    record = Record({n: t.layout for n, t in tensors.items()}, {n: checksum(value) for n, value in flat.items()})
+    save_file(flat, str(path), metadata=record.to_metadata())
+
+
+def load_tensors(path: str | Path) -> dict[str, LowBitTensor]:
+    """Read every low-bit tensor of a safetensors file, with checksums verified.
+
+    Raises:
+        FormatError: see :func:`read_record` and :func:`verify`.
+    """
+    record = read_record([path])
+    out = {}
+    with _open(path) as handle:
+        for parameter, layout in record.layouts.items():
+            fields = {stored: handle.get_tensor(field_name(parameter, stored)) for stored in layout.fields}
+            verify(record, {field_name(parameter, stored): value for stored, value in fields.items()}, str(path))
+            out[parameter] = LowBitTensor(layout, fields)
+    return out
+
+
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.uint16: "U16", torch.int32: "I32"}
+
+
+def _open(file: str | Path) -> safe_open:
+    if not Path(file).is_file():
+        raise FormatError(f"{file} does not exist.")
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{file} is not a complete safetensors file ({error}). Fetch it again.") from error

@@ -1,0 +1,41 @@
+"""The reference backend: decode, then multiply. It always works and defines what every other backend must return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.format.layout import Layout
+from hf_lowbit.format.tensor import LowBitTensor
+from hf_lowbit.kernels import ops
+from hf_lowbit.kernels.select import Backend, Verdict, register_backend
+
+
+class Stored(NamedTuple):
+    """The arguments of the torch ops: stored tensors in layout order, and the layout's text."""
+
+    tensors: list[Tensor]
+    layout: str
+
+
+class Reference(Backend):
+    """``F.linear`` on the decoded weight, on any device, in the dtype of the activations."""
+
+    name = "reference"
+
+    def supports(self, layout: Layout, device: torch.device) -> Verdict:
+        return Verdict(True, "always works")
+
+    def prepare(self, tensor: LowBitTensor) -> Stored:
+        return Stored([tensor.tensors[name] for name in tensor.layout.fields], tensor.layout.dumps())
+
+    def linear(self, x: Tensor, prepared: Stored) -> Tensor:
+        return ops.OPS.linear(x, prepared.tensors, prepared.layout)
+
+    def embedding(self, ids: Tensor, prepared: Stored, dtype: torch.dtype) -> Tensor:
+        return ops.OPS.embedding(ids, prepared.tensors, prepared.layout, dtype)
+
+
+register_backend(Reference())

@@ -1,0 +1,62 @@
+"""``tquant``, ``mquant`` and ``ternary``: levels -1, 0, 1 under three rules for the threshold.
+
+Support and mass equalization (arXiv 2306.17442, reconstructed): TQuant cuts the support of a group into three equal
+intervals, MQuant cuts its mass into three equal parts; ``ternary`` takes the threshold with the least squared error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.format.layout import Stage
+from hf_lowbit.format.levels import Levels
+from hf_lowbit.format.spec import Spec
+from hf_lowbit.format.scales import encode
+from hf_lowbit.solvers.encode import empty_fields, put_codes
+from hf_lowbit.solvers.fixed_table import search_table
+from hf_lowbit.solvers.registry import solver
+from hf_lowbit.solvers.rows import Rows
+
+ONLY = {"families": ("ternary",), "bits": (2, 2)}
+
+
+@solver("tquant", **ONLY, summary="ternary, least largest error (support cut in three)")
+def tquant(rows: Rows, spec: Spec) -> tuple[Stage, dict[str, Tensor]]:
+    """Threshold m/3 and level 2m/3 for a group's largest magnitude m: no error exceeds m/3."""
+    return _encode(rows, spec, lambda size: (size.amax(-1, keepdim=True) / 3, size.amax(-1, keepdim=True) * (2 / 3)))
+
+
+@solver("mquant", **ONLY, summary="ternary, mass cut in three")
+def mquant(rows: Rows, spec: Spec) -> tuple[Stage, dict[str, Tensor]]:
+    """A third of the magnitudes becomes zero; the level is the mean of the others."""
+
+    def cut(size: Tensor) -> tuple[Tensor, Tensor]:
+        ordered = size.sort(-1).values
+        zeros = size.shape[-1] // 3
+        threshold = ordered[..., zeros - 1 : zeros] if zeros else torch.full_like(ordered[..., :1], -1.0)
+        outside = size > threshold
+        return threshold, (size * outside).sum(-1, keepdim=True) / outside.sum(-1, keepdim=True).clamp_min(1)
+
+    return _encode(rows, spec, cut)
+
+
+@solver("ternary", **ONLY, summary="ternary, least squared error")
+def ternary(rows: Rows, spec: Spec) -> tuple[Stage, dict[str, Tensor]]:
+    """The searched scale of the table -1, 0, 1, which is the best threshold."""
+    return search_table(rows, spec, Levels("ternary", 2))
+
+
+def _encode(rows: Rows, spec: Spec, cut) -> tuple[Stage, dict[str, Tensor]]:
+    """Codes by ``cut(|w|) -> threshold, level``: the threshold rules, not the nearest level."""
+    stage = Stage(Levels("ternary", 2), rows.group_size, spec.scale_bits)
+    fields = empty_fields(rows, stage)
+    for start, stop, _ in rows.spans():
+        values, _ = rows.block(start, stop)
+        threshold, level = cut(values.abs())
+        _, fields["scale"][start:stop], supers = encode(level.squeeze(-1), stage.group_size, stage.scale_bits)
+        if supers is not None:
+            fields["scale_super"][start:stop] = supers
+        codes = torch.where(values.abs() > threshold, values.sign(), 0.0) + 1
+        put_codes(fields, rows, stage, (start, stop), codes)
+    return stage, fields
