@@ -15,6 +15,7 @@ from hf_lowbit.format.levels import Levels
 from hf_lowbit.format.scales import round_f16, to_f16_bits
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.solvers.encode import encode_searched
+from hf_lowbit.solvers.parallel import in_parallel
 from hf_lowbit.solvers.registry import solver
 from hf_lowbit.solvers.rows import Rows
 from hf_lowbit.solvers.scale_search import codes_of, error_of, search_scales
@@ -27,7 +28,9 @@ LLOYD_STEPS = 25
 @solver("codebook", families=("fitted",), summary="a level table fitted to each matrix, scales searched together with it")
 def codebook(rows: Rows, spec: Spec) -> tuple[Stage, dict[str, Tensor]]:
     """Fit a table per matrix (one each for the matrices of a stack) on a sample, then search all scales."""
-    tables = torch.stack([fit_table(*rows.sample(SAMPLE_WEIGHTS, t), spec.bits) for t in range(rows.tables)])
+    samples = SAMPLE_WEIGHTS if rows.tables == 1 else SAMPLE_WEIGHTS // 4
+    fit = in_parallel(lambda table: fit_table(*rows.sample(samples, table), spec.bits), range(rows.tables))
+    tables = torch.stack(fit)
     stage = Stage(Levels("fitted", spec.bits), rows.group_size, spec.scale_bits, tables=rows.tables)
     fields = encode_searched(rows, stage, tables, signed=True)
     fields["levels"] = to_f16_bits(tables)
@@ -45,8 +48,10 @@ def fit_table(values: Tensor, importance: Tensor | None, bits: int) -> Tensor:
         importance: weights of the squared error, broadcastable, or None.
     """
     starts = [_normalised(table) for table in _starts(values, importance, bits)]
-    best_table, best = min(((t, _fit_scales(values, t, importance)) for t in starts), key=lambda pair: pair[1][1])
-    table, (scale, least) = best_table, best
+    fits = in_parallel(lambda table: _fit_scales(values, table, importance), starts)
+    first = min(range(len(starts)), key=lambda number: fits[number][1])
+    best_table = table = starts[first]
+    scale, least = fits[first]
     for _ in range(ROUNDS):
         table = _refit(values, scale, table, importance)
         scale, error = _fit_scales(values, table, importance)

@@ -13,6 +13,7 @@ from hf_lowbit.format.layout import Stage
 from hf_lowbit.format.levels import Levels
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.solvers.fixed_table import sample_error, search_table
+from hf_lowbit.solvers.parallel import in_parallel
 from hf_lowbit.solvers.registry import solver
 from hf_lowbit.solvers.rows import Rows
 
@@ -47,7 +48,8 @@ def search_exponent(rows: Rows, bits: int, family: str) -> tuple[Levels, float]:
     if bits == 1 or (bits == 2 and family == "power"):
         return Levels(family, bits, exponent=1.0), error(1.0)  # the table is +-1 (and 0) whatever the exponent
     step = (RANGE[1] - RANGE[0]) / (COARSE_POINTS - 1)
-    centre = min((RANGE[0] + step * k for k in range(COARSE_POINTS)), key=error)
+    points = [RANGE[0] + step * k for k in range(COARSE_POINTS)]
+    centre = points[min(enumerate(in_parallel(error, points)), key=lambda pair: pair[1])[0]]
     low, high = max(RANGE[0], centre - step), min(RANGE[1], centre + step)
     while high - low > TOLERANCE:
         left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)

@@ -12,11 +12,13 @@ from hf_lowbit.format.layout import Layout, Stage, stage_field
 from hf_lowbit.format.outliers import store_outliers
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.format.tensor import LowBitTensor
+from hf_lowbit.solvers.parallel import block_threads
 from hf_lowbit.solvers.registry import get_solver
 from hf_lowbit.solvers.rows import Rows, shift_of
 
 
 @torch.no_grad()
+@block_threads()
 def solve(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> LowBitTensor:
     """Quantize one matrix, or a stack of matrices, as ``spec`` says.
 

@@ -6,19 +6,24 @@ intervals, MQuant cuts its mass into three equal parts; ``ternary`` takes the th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from hf_lowbit.format.layout import Stage
 from hf_lowbit.format.levels import Levels
 from hf_lowbit.format.spec import Spec
-from hf_lowbit.format.scales import encode
-from hf_lowbit.solvers.encode import empty_fields, put_codes
+from hf_lowbit.solvers.encode import Span, empty_fields, put_codes, put_group_values
 from hf_lowbit.solvers.fixed_table import search_table
+from hf_lowbit.solvers.parallel import in_parallel
 from hf_lowbit.solvers.registry import solver
 from hf_lowbit.solvers.rows import Rows
 
-ONLY = {"families": ("ternary",), "bits": (2, 2)}
+# Magnitudes [n, groups, group_size] -> threshold and level, [n, groups, 1] each.
+Cut = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+ONLY: dict = {"families": ("ternary",), "bits": (2, 2)}
 
 
 @solver("tquant", **ONLY, summary="ternary, least largest error (support cut in three)")
@@ -47,16 +52,17 @@ def ternary(rows: Rows, spec: Spec) -> tuple[Stage, dict[str, Tensor]]:
     return search_table(rows, spec, Levels("ternary", 2))
 
 
-def _encode(rows: Rows, spec: Spec, cut) -> tuple[Stage, dict[str, Tensor]]:
+def _encode(rows: Rows, spec: Spec, cut: Cut) -> tuple[Stage, dict[str, Tensor]]:
     """Codes by ``cut(|w|) -> threshold, level``: the threshold rules, not the nearest level."""
     stage = Stage(Levels("ternary", 2), rows.group_size, spec.scale_bits)
     fields = empty_fields(rows, stage)
-    for start, stop, _ in rows.spans():
-        values, _ = rows.block(start, stop)
+
+    def encode_span(span: Span) -> None:
+        values, _ = rows.block(*span[:2])
         threshold, level = cut(values.abs())
-        _, fields["scale"][start:stop], supers = encode(level.squeeze(-1), stage.group_size, stage.scale_bits)
-        if supers is not None:
-            fields["scale_super"][start:stop] = supers
+        put_group_values(fields, "scale", stage, span, level)
         codes = torch.where(values.abs() > threshold, values.sign(), 0.0) + 1
-        put_codes(fields, rows, stage, (start, stop), codes)
+        put_codes(fields, rows, stage, span, codes)
+
+    in_parallel(encode_span, rows.spans())
     return stage, fields

@@ -1,0 +1,65 @@
+"""Being found without an import: registers the plugin as soon as Transformers' quantizers are imported.
+
+``import torch`` calls :func:`autoload` through the ``torch.backends`` entry point in every process (unless
+``TORCH_DEVICE_BACKEND_AUTOLOAD=0``), and ``import hf_lowbit`` calls it too. It imports neither torch nor transformers: it
+leaves a finder that waits for ``transformers.quantizers`` and imports ``hf_lowbit.plugin`` right after it. An error on the
+way becomes a warning, since an exception here would break ``import torch`` for everybody.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# The second is for processes where `transformers.quantizers` is half imported when torch first loads.
+TARGETS = ("transformers.quantizers", "transformers.modeling_utils")
+PLUGIN = "hf_lowbit.plugin"
+
+
+class _After(importlib.abc.MetaPathFinder):
+    """Runs :func:`_register` after one of ``TARGETS`` was executed; finds nothing itself."""
+
+    def __init__(self) -> None:
+        self.busy = False
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if self.busy or name not in TARGETS:
+            return None
+        self.busy = True
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self.busy = False
+        if spec is None or spec.loader is None:
+            return None
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            _register()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def autoload() -> None:
+    """Register now if Transformers' quantizers are there already, else as soon as they are."""
+    if not any(isinstance(finder, _After) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _After())
+    _register()
+
+
+def _register() -> None:
+    # The module exists from the moment its import begins; the decorator only once there is something to register with.
+    if PLUGIN in sys.modules or not hasattr(sys.modules.get(TARGETS[0]), "register_quantizer"):
+        return
+    try:
+        importlib.import_module(PLUGIN)
+    except Exception as error:
+        warnings.warn(f"hf-lowbit could not register itself with transformers: {error}", stacklevel=2)

@@ -1,0 +1,136 @@
+"""``LowBitConfig``: the quantization config users write and checkpoints carry."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_lowbit.errors import BadRequest, unknown_name
+from hf_lowbit.format.serialize import FORMAT_VERSION, check_version
+from hf_lowbit.format.spec import Spec
+from hf_lowbit.solvers import get_solver
+
+QUANT_METHOD = "hf_lowbit"
+SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "seed")
+# Look-up tables and heads lose more per bit than the matrices inside blocks: on the embedded model, 4-bit tables cost
+# more divergence than 4-bit blocks do, 6-bit tables a sixth of that (eval/results/embedding_bits.json).
+EMBEDDING_BITS = 6
+_LATER = {
+    "transforms": "outlier migration and rotations",
+    "calibration": "calibrated methods",
+    "activation_bits": "activation quantization",
+    "kv_cache": "the mixed-precision KV cache",
+    "target_size": "the bit allocator",
+}
+
+
+class LowBitConfig(QuantizationConfigMixin):
+    """What to do with a model, for ``from_pretrained(..., quantization_config=LowBitConfig(...))``.
+
+    Args:
+        method: a solver name (``hf-lowbit doctor`` lists them).
+        bits: code width, 1 to 8.
+        group_size: weights per scale; -1 for one scale per row.
+        levels: level family; None leaves it to the method.
+        scale_bits: 16, or 8 or 6 under one fp16 super-scale per 256 weights.
+        outliers: fraction of each matrix kept beside the codes in fp16.
+        residual_terms: additive terms per matrix.
+        overrides: pattern -> settings of :class:`Spec` that differ there. A pattern is a module name, one of its dotted
+            parts, a dotted tail, or a shell wildcard over the whole name.
+        modules_to_not_convert: patterns of modules to leave in high precision.
+        quantize_embeddings: whether input embedding and head are quantized too; at 6 bits or more unless overridden.
+        strict: raise where a large matrix would be left in high precision without having been asked.
+        transforms, calibration, activation_bits, kv_cache, target_size: reserved; any value but the default is refused.
+
+    Raises:
+        BadRequest: an unknown name (with the nearest one), or a value out of range.
+        FormatError: a config of a newer format version.
+    """
+
+    def __init__(
+        self,
+        method: str = "codebook",
+        bits: int = 4,
+        group_size: int = 32,
+        levels: str | None = None,
+        scale_bits: int = 6,
+        outliers: float = 0.0,
+        residual_terms: int = 1,
+        transforms: Sequence[str] = (),
+        calibration: Any = None,
+        activation_bits: int | None = None,
+        kv_cache: Mapping | None = None,
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        quantize_embeddings: bool = True,
+        seed: int = 0,
+        target_size: str | None = None,
+        strict: bool = False,
+        **unknown: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        unknown.pop("quant_method", None)
+        self.format_version = unknown.pop("format_version", FORMAT_VERSION)
+        check_version(self.format_version, "quantization_config")
+        later = {"transforms": transforms, "calibration": calibration, "activation_bits": activation_bits}
+        later |= {"kv_cache": kv_cache, "target_size": target_size}
+        for name, value in later.items():
+            if value is not None and value != () and value != []:
+                raise BadRequest(f"{name}={value!r}: {_LATER[name]} are not part of this release; leave {name} out.")
+        if unknown:
+            known = [*SPEC_KEYS, *_LATER, "overrides", "modules_to_not_convert", "quantize_embeddings", "strict"]
+            raise BadRequest(unknown_name("setting", next(iter(unknown)), known))
+        if isinstance(bits, float) and not bits.is_integer():
+            raise BadRequest(f"bits={bits}: fractional bits need the bit allocator, not part of this release; use 1 to 8.")
+        self.method, self.bits, self.group_size, self.levels = method, int(bits), group_size, levels
+        self.scale_bits, self.outliers, self.residual_terms, self.seed = scale_bits, outliers, residual_terms, seed
+        self.overrides = {pattern: dict(change) for pattern, change in (overrides or {}).items()}
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.quantize_embeddings, self.strict = bool(quantize_embeddings), bool(strict)
+        self.post_init()
+
+    def post_init(self) -> None:
+        """Check every spec this config can produce."""
+        get_solver(self.spec())
+        for change in self.overrides.values():
+            get_solver(self._changed(change))
+
+    def spec(self, name: str | None = None, embedding: bool = False) -> Spec:
+        """The spec for module ``name``: the last matching override wins over the config's own settings."""
+        change: dict[str, Any] = {}
+        for pattern, settings in self.overrides.items():
+            if name is not None and matches(name, pattern):
+                change |= settings
+        if embedding and "bits" not in change and self.bits < EMBEDDING_BITS:
+            change = {"bits": self._embedding_bits()} | change
+        return self._changed(change)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values only; what ``config.json`` gets."""
+        return copy.deepcopy(self.__dict__)
+
+    def _embedding_bits(self) -> int:
+        """Six bits, or the width asked for where the method or its levels cannot go up to six."""
+        try:
+            get_solver(self._changed({"bits": EMBEDDING_BITS}))
+        except BadRequest:
+            return self.bits
+        return EMBEDDING_BITS
+
+    def _changed(self, change: Mapping[str, Any]) -> Spec:
+        return Spec.from_json({key: getattr(self, key) for key in SPEC_KEYS} | dict(change))
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a module name is meant by a pattern: the name, a dotted part, a dotted tail, or a shell wildcard."""
+    return (
+        name == pattern
+        or pattern in name.split(".")
+        or name.endswith(f".{pattern}")
+        or name.startswith(f"{pattern}.")
+        or fnmatch.fnmatchcase(name, pattern)
+    )

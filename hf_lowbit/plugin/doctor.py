@@ -1,0 +1,52 @@
+"""What this machine has and what works here, for ``hf-lowbit doctor`` and bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+import torch
+
+from hf_lowbit.format.serialize import FORMAT_VERSION
+from hf_lowbit.kernels import backends
+from hf_lowbit.plugin.config import QUANT_METHOD
+from hf_lowbit.solvers import CALIBRATED, SOLVERS
+
+
+def examine() -> dict[str, dict[str, Any]]:
+    """Sections of name -> finding; nothing is built, downloaded or changed."""
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+    found = any(point.value.startswith("hf_lowbit.") for point in entry_points(group="torch.backends"))
+    switched_off = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
+    return {
+        "versions": {name: _version(name) for name in ("hf-lowbit", "torch", "transformers", "accelerate", "lm_eval")}
+        | {"python": sys.version.split()[0], "format": FORMAT_VERSION},
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+            "cpu capability": torch.backends.cpu.get_cpu_capability(),
+            "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        },
+        "registration": {
+            "transformers": "registered" if QUANT_METHOD in AUTO_QUANTIZER_MAPPING else "NOT registered",
+            "found without import": "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+            if switched_off
+            else "yes"
+            if found
+            else "no: not installed with pip, so say `import hf_lowbit` first",
+        },
+        "backends, fastest first": {backend.name: type(backend).__doc__ for backend in backends()},
+        "methods": {name: SOLVERS[name].summary for name in sorted(SOLVERS)}
+        | {name: "needs calibration; not in this release" for name in CALIBRATED},
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

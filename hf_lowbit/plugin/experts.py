@@ -1,0 +1,90 @@
+"""Stacked experts: the host's own experts module, its 3-D weights replaced by low-bit stacks.
+
+The host keeps all experts of a layer in parameters ``[experts, out, in]`` (or transposed). The module keeps its class,
+attributes, activation and biases; only the stacks become low-bit and the forward decodes one expert at a time, so the
+transient memory is one expert instead of the layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.plugin.modules import LowBitModule
+
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+_CLASSES: dict[type, type] = {}
+
+
+class LowBitExperts(LowBitModule):
+    """Mixed into the class of a host's experts module by :func:`to_low_bit`."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Route tokens ``[tokens, hidden]`` to their experts and sum the weighted outputs.
+
+        Args:
+            top_k_index: int64 ``[tokens, k]``, expert of each choice; an index past the last expert is skipped.
+            top_k_weights: ``[tokens, k]``.
+        """
+        shape = hidden_states.shape
+        hidden = hidden_states.reshape(-1, shape[-1])
+        out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for expert in torch.unique(top_k_index).tolist():
+            if expert >= self.num_experts:
+                continue
+            tokens, place = torch.where(top_k_index == expert)
+            y = self._one_expert(hidden[tokens], expert) * top_k_weights[tokens, place, None]
+            out = out.index_add(0, tokens, y.to(torch.float32))
+        return out.to(hidden_states.dtype).view(shape)
+
+    def _one_expert(self, x: Tensor, expert: int) -> Tensor:
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        inner = self._stack_linear(x, first, expert)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        y = self._stack_linear(inner, "down_proj", expert)
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+    def _stack_linear(self, x: Tensor, parameter: str, expert: int) -> Tensor:
+        choice = self.choice(parameter)
+        y = choice.backend.linear(x, choice.backend.prepare(self.lowbit(parameter).expert(expert)))
+        bias = getattr(self, f"{parameter}_bias", None) if self.has_bias else None
+        return y if bias is None else y + bias[expert].to(y.dtype)
+
+    def dense(self, parameter: str, dtype: torch.dtype) -> Tensor:
+        """One stack as the host's module holds it."""
+        weight = self.lowbit(parameter).dequantize(dtype)
+        return weight.transpose(1, 2).contiguous() if self.is_transposed else weight
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is one of the host's stacked experts, whose forward contract is known."""
+    has_contract = all(hasattr(module, name) for name in ("has_gate", "is_transposed", "num_experts"))
+    return has_contract and bool(stacks_of(module))
+
+
+def stacks_of(module: nn.Module) -> list[str]:
+    """Names of the 3-D weight parameters of an experts module."""
+    return [name for name in STACKS if getattr(module._parameters.get(name), "ndim", 0) == 3]
+
+
+def to_low_bit(module: nn.Module) -> LowBitExperts:
+    """Give an experts module the low-bit forward, in place; its stacks are replaced one by one by ``install``."""
+    host = type(module)
+    if host not in _CLASSES:
+        _CLASSES[host] = type(f"LowBit{host.__name__}", (LowBitExperts, host), {})
+    module.__class__ = _CLASSES[host]
+    module.layouts = {}
+    return module
+
+
+def to_dense(module: LowBitExperts, dtype: torch.dtype) -> nn.Module:
+    """Undo :func:`to_low_bit`: dense stacks in ``dtype`` and the host's own class."""
+    for parameter, layout in module.layouts.items():
+        dense = module.dense(parameter, dtype)
+        for stored in layout.fields:
+            del module._buffers[f"{parameter}_{stored}"]
+        module.register_parameter(parameter, nn.Parameter(dense, requires_grad=False))
+    module.__class__ = type(module).__mro__[2]
+    module.__dict__.pop("layouts", None)
+    module.__dict__.pop("_prepared", None)
+    return module

@@ -1,0 +1,171 @@
+"""The modules that stand in for dense ones: ``LowBitLinear``, ``LowBitTiedHead``, ``LowBitEmbedding``.
+
+Stored tensors are buffers named ``{parameter}_{field}``: buffers keep their integer dtypes under ``.to(dtype)`` and get
+no gradient. While a model is quantized on the fly a module briefly owns a meta ``weight`` under the checkpoint's name,
+which is where the loader looks; :meth:`LowBitModule.install` replaces it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_lowbit.format.layout import Layout
+from hf_lowbit.format.serialize import field_name
+from hf_lowbit.format.tensor import LowBitTensor
+from hf_lowbit.kernels import Choice, select
+
+
+class LowBitModule(nn.Module):
+    """A module that owns one or more low-bit parameters.
+
+    ``layouts`` maps parameter name to layout once known; :meth:`lowbit` gives the record itself.
+    """
+
+    layouts: dict[str, Layout]
+
+    def install(self, parameter: str, layout: Layout, device: torch.device | str = "meta") -> None:
+        """Replace the dense ``parameter``, if there, by uninitialised buffers for ``layout``."""
+        if parameter in self._parameters:
+            del self._parameters[parameter]
+        for stored, tensor in LowBitTensor.empty(layout, device).tensors.items():
+            self.register_buffer(field_name(parameter, stored), tensor)
+        self.layouts = {**getattr(self, "layouts", {}), parameter: layout}
+
+    def put(self, parameter: str, tensor: LowBitTensor) -> None:
+        """Install ``tensor`` as low-bit ``parameter``."""
+        self.install(parameter, tensor.layout)
+        for stored, value in tensor.tensors.items():
+            self._buffers[field_name(parameter, stored)] = value
+
+    def lowbit(self, parameter: str = "weight") -> LowBitTensor:
+        """The record of a low-bit parameter, sharing this module's buffers."""
+        layout = self.layouts[parameter]
+        return LowBitTensor(layout, {s: self._buffers[field_name(parameter, s)] for s in layout.fields})
+
+    def choice(self, parameter: str = "weight", strict: bool = False) -> Choice:
+        """The backend for a parameter on its present device, and why."""
+        first = self._buffers[field_name(parameter, "codes")]
+        return select(self.layouts[parameter], first.device, strict=strict)
+
+    def prepared(self, parameter: str = "weight") -> tuple[Any, Any]:
+        """The backend and its prepared form of a parameter, made again whenever the buffers were replaced."""
+        first = self._buffers[field_name(parameter, "codes")]
+        cache = self.__dict__.setdefault("_prepared", {})
+        known = cache.get(parameter)
+        if known is None or known[0] is not first:
+            backend = self.choice(parameter).backend
+            known = cache[parameter] = (first, backend, backend.prepare(self.lowbit(parameter)))
+        return known[1], known[2]
+
+    def __getstate__(self) -> dict:
+        state = dict(self.__dict__)
+        state.pop("_prepared", None)  # holds the old buffers; a copy prepares its own
+        return state
+
+
+class LowBitLinear(LowBitModule):
+    """``y = x W^T + b`` with a low-bit ``W`` ``[out_features, in_features]`` and a bias in high precision.
+
+    Args:
+        in_features, out_features: as of ``nn.Linear``.
+        bias: whether there is a bias parameter.
+        transposed: the dense module stores ``[in, out]`` (GPT-2's ``Conv1D``); only loading and ``dense()`` care.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, transposed: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+
+    @classmethod
+    def from_tensor(cls, tensor: LowBitTensor, bias: Tensor | None = None) -> LowBitLinear:
+        """A linear layer around a 2-D record."""
+        out_features, in_features = tensor.shape
+        module = cls(in_features, out_features, bias=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=bias.requires_grad)
+        module.put("weight", tensor)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend, prepared = self.prepared()
+        y = backend.linear(x, prepared)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the module this one replaced would hold it."""
+        weight = self.lowbit().dequantize(dtype)
+        return weight.T.contiguous() if self.transposed else weight
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class LowBitEmbedding(LowBitModule):
+    """Rows of a low-bit table ``[num_embeddings, embedding_dim]``, times an optional constant (Gemma's scaled ones).
+
+    The rows come in the dtype of ``dtype_like``, an empty buffer that follows ``.to(dtype)`` as a weight would.
+
+    Args:
+        host: the dense embedding this one stands in for.
+        dtype: of the rows.
+    """
+
+    def __init__(self, host: nn.Embedding, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = host.num_embeddings, host.embedding_dim, host.padding_idx
+        self.register_buffer("dtype_like", torch.empty(0, dtype=dtype), persistent=False)
+        self.embed_scale = _number(host, "embed_scale", "scalar_embed_scale")
+        self._host = [host]  # without its weight; comes back in dense(), whatever subclass it is
+
+    def forward(self, ids: Tensor) -> Tensor:
+        backend, prepared = self.prepared()
+        rows = backend.embedding(ids, prepared, self.dtype_like.dtype)
+        # The host rounds its constant to the dtype of the table before multiplying; so must we.
+        return rows if self.embed_scale is None else rows * torch.tensor(self.embed_scale, dtype=rows.dtype).item()
+
+    def dense(self, dtype: torch.dtype) -> nn.Embedding:
+        """The module this one replaced, with the decoded table."""
+        (host,) = self._host
+        host.weight = nn.Parameter(self.lowbit().dequantize(dtype), requires_grad=False)
+        if isinstance(getattr(host, "embed_scale", None), Tensor):
+            host.embed_scale = torch.tensor(self.embed_scale, device=host.weight.device)
+        return host
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
+
+
+class LowBitTiedHead(nn.Module):
+    """An output head that multiplies by the table of an embedding; it owns nothing but its bias."""
+
+    def __init__(self, embedding: LowBitEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list, so that the table is registered and saved once, by the embedding
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.register_parameter("bias", bias)
+
+    @property
+    def embedding(self) -> LowBitEmbedding:
+        """The embedding whose table this head reads."""
+        return self._embedding[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        backend, prepared = self.embedding.prepared()
+        y = backend.linear(x, prepared)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, tied"
+
+
+def _number(module: nn.Module, *names: str) -> float | None:
+    """The first of the named attributes that holds a number (a tensor on the meta device holds none)."""
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and not value.is_meta):
+            return float(value)
+    return None

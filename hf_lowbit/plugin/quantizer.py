@@ -1,0 +1,247 @@
+"""The Transformers quantizer: builds the low-bit skeleton, quantizes while tensors stream in, or loads packed ones.
+
+Every difference between host versions lives in this file. The host calls, in order: ``validate_environment``,
+``_process_model_before_weight_loading`` on the meta model, ``param_needs_quantization`` and the op's ``convert`` per
+tensor, then ``_process_model_after_weight_loading``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, _IdentityOp
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+
+from hf_lowbit.errors import BadRequest, FormatError, LowBitError, WeightError
+from hf_lowbit.format.layout import Layout
+from hf_lowbit.format.serialize import Record, checksum, field_name, read_record
+from hf_lowbit.format.spec import Spec
+from hf_lowbit.plugin.config import LowBitConfig
+from hf_lowbit.plugin.experts import STACKS, LowBitExperts, to_dense
+from hf_lowbit.plugin.hub import give_card
+from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
+from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
+from hf_lowbit.solvers import solve
+
+
+class LowBitQuantizer(HfQuantizer):
+    """Makes ``from_pretrained`` produce low-bit models: on the fly from dense checkpoints, as stored from ours."""
+
+    requires_calibration = False
+    quantization_config: LowBitConfig
+
+    def __init__(self, quantization_config: LowBitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.targets = Targets()
+        self.failure: LowBitError | None = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a device that is not there before anything is read."""
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if any(str(place).startswith("cuda") for place in places) and not torch.cuda.is_available():
+            raise BadRequest("device 'cuda' was asked for, but torch finds no CUDA device here. Use device_map='cpu'.")
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        dtype = model.dtype
+        if self.pre_quantized:
+            record = read_record(_safetensors(kwargs.get("checkpoint_files")))
+            layouts = _by_model_name(model, record.layouts)
+            self.targets = Targets(kept=record.kept)
+            _check_shapes(model, layouts)
+            replace_modules(model, layouts, dtype)
+            for full, layout in layouts.items():
+                name, _, parameter = full.rpartition(".")
+                model.get_submodule(name).install(parameter, layout)
+        else:
+            self.targets = find_targets(model, self.quantization_config)
+            replace_modules(model, self.targets.chosen, dtype)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether the loader hands this tensor to our op."""
+        return not self.pre_quantized and param_name in self.targets.chosen
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+        """Bytes per element for device maps; stored scales of the default grouping take a quarter of a bit."""
+        if self.param_needs_quantization(model, param_name):
+            return (self.targets.spec(param_name, self.quantization_config).bits + 0.25) / 8
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The op the loader runs on each tensor to quantize."""
+        return QuantizeOp(self)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        if self.failure is not None:
+            raise self.failure
+        give_card(model)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """The header entries of every file ``save_pretrained`` writes."""
+        return None, record_of(model, self.targets.kept).to_metadata()
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        dequantize_modules(model, dtype or torch.float32)
+        return model
+
+    def is_serializable(self) -> bool:
+        """Whether ``save_pretrained`` works: always."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients flow through low-bit layers to adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Low-bit layers trace without graph breaks."""
+        return True
+
+
+class QuantizeOp(ConversionOps):
+    """Quantizes one loaded tensor and hands the loader its stored fields."""
+
+    def __init__(self, quantizer: LowBitQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict) -> QuantizeOp:
+        return self  # the loader copies ops per tensor; the quantizer they report to must stay one
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        full_layer_name: str = "",
+        model: nn.Module | None = None,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """``{name: [tensor]}`` to ``{stored name: tensor}``; the first error is kept and raised after loading.
+
+        Raising here would end as a generic RuntimeError under a page of load report.
+        """
+        assert model is not None
+        (weight,) = (value[0] if isinstance(value, list) else value for value in input_dict.values())
+        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        if self.quantizer.failure is not None:
+            return {}
+        try:
+            spec = self.quantizer.targets.spec(full_layer_name, self.quantizer.quantization_config)
+            fields = quantize_into(module, full_layer_name, weight, spec)
+        except LowBitError as error:
+            self.quantizer.failure = error
+            return {}
+        if not any(name in module._parameters for name in ("weight", *STACKS)):
+            module._is_hf_initialized = True
+        return {field_name(full_layer_name, stored): tensor for stored, tensor in fields.items()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Saving writes stored fields as they are."""
+        return _IdentityOp()
+
+
+def quantize_into(module: LowBitModule, full_name: str, weight: Tensor, spec: Spec) -> dict[str, Tensor]:
+    """Solve one dense weight and install its (still meta) buffers on ``module``; returns the stored fields.
+
+    Raises:
+        WeightError: naming the parameter.
+    """
+    if getattr(module, "transposed", False):
+        weight = weight.T
+    elif getattr(module, "is_transposed", False):
+        weight = weight.transpose(1, 2)
+    try:
+        tensor = solve(weight, spec)
+    except WeightError as error:
+        raise WeightError(f"{full_name}: {error}") from error
+    module.install(full_name.rpartition(".")[2], tensor.layout)
+    return dict(tensor.tensors)
+
+
+def record_of(model: nn.Module, kept: dict[str, str]) -> Record:
+    """Header record of a model: layouts and checksums of everything in its state dict."""
+    layouts, ends = {}, []
+    for name, module in low_bit_modules(model):
+        for parameter, layout in module.layouts.items():
+            layouts[f"{name}.{parameter}"] = layout
+            if module in ends_of(model):
+                ends.append(f"{name}.{parameter}")
+    checksums = {name: checksum(t) for name, t in model.state_dict().items() if not t.is_meta}
+    return Record(layouts, checksums, kept, tuple(ends))
+
+
+def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every low-bit module by the dense one it stood for, and tie what was tied."""
+    tied = False
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LowBitExperts):
+            to_dense(module, dtype)
+        elif isinstance(module, LowBitEmbedding):
+            model.set_submodule(name, module.dense(dtype))
+        elif isinstance(module, LowBitLinear):
+            model.set_submodule(name, _dense_linear(module, dtype))
+        elif isinstance(module, LowBitTiedHead):
+            head = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            head.bias = module.bias
+            model.set_submodule(name, head)
+            tied = True
+    if tied:
+        retie_record(model)
+    model.__dict__.pop("push_to_hub", None)
+
+
+def _dense_linear(module: LowBitLinear, dtype: torch.dtype) -> nn.Module:
+    weight = nn.Parameter(module.dense(dtype), requires_grad=False)
+    with torch.device("meta"):
+        new = Conv1D(module.out_features, module.in_features) if module.transposed else None
+        new = new or nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    new.weight, new.bias = weight, module.bias
+    return new
+
+
+def _safetensors(files: Any) -> list[str]:
+    found = [str(file) for file in files or [] if str(file).endswith(".safetensors")]
+    if not found:
+        raise FormatError("the config says hf_lowbit, but there is no safetensors file beside it to load.")
+    return found
+
+
+def _by_model_name(model: nn.Module, layouts: dict[str, Layout]) -> dict[str, Layout]:
+    """Layouts under this model's names: a base model loads its head's checkpoint without the prefix, and vice versa."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    out = {}
+    for full, layout in layouts.items():
+        candidates = [full, full.removeprefix(prefix), prefix + full]
+        found = next((name for name in candidates if _has_parameter(model, name)), None)
+        if found is not None:
+            out[found] = layout
+        elif not re.search(r"(head|score|classifier)\b", full):
+            raise FormatError(f"the checkpoint holds low-bit {full!r}, which {type(model).__name__} does not have.")
+    return out
+
+
+def _has_parameter(model: nn.Module, full: str) -> bool:
+    try:
+        model.get_parameter(full)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check_shapes(model: nn.Module, layouts: dict[str, Layout]) -> None:
+    for full, layout in layouts.items():
+        module = model.get_submodule(full.rpartition(".")[0])
+        shape = list(model.get_parameter(full).shape)
+        if isinstance(module, Conv1D) or getattr(module, "is_transposed", False):
+            shape[-2:] = shape[:-3:-1]
+        if shape != list(layout.shape):
+            raise FormatError(
+                f"config.json makes {full!r} a {shape} matrix, the file holds {list(layout.shape)}. "
+                "Config and weights are not of one checkpoint."
+            )
