@@ -150,6 +150,22 @@ def save_tensors(path: str | Path, tensors: Mapping[str, LowBitTensor]) -> None:
     }
     record = Record({n: t.layout for n, t in tensors.items()}, {n: checksum(value) for n, value in flat.items()})
     save_file(flat, str(path), metadata=record.to_metadata())
+    sort_header(path)
+
+
+def sort_header(path: str | Path) -> None:
+    """Put the entries of a file's header in a fixed order, in place, so that the same tensors are the same bytes.
+
+    The safetensors writer orders its metadata by a hash seeded per process.
+    """
+    with Path(path).open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        ordered = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items())), **header}
+        text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def load_tensors(path: str | Path) -> dict[str, LowBitTensor]:

@@ -39,8 +39,8 @@ class LowBitConfig(QuantizationConfigMixin):
         scale_bits: 16, or 8 or 6 under one fp16 super-scale per 256 weights.
         outliers: fraction of each matrix kept beside the codes in fp16.
         residual_terms: additive terms per matrix.
-        overrides: pattern -> settings of :class:`Spec` that differ there. A pattern is a module name, one of its dotted
-            parts, a dotted tail, or a shell wildcard over the whole name.
+        overrides: pattern -> settings of :class:`Spec` that differ there. A pattern is a run of dotted parts of a module's
+            name (``down_proj``, ``layers.0``) or a shell wildcard over the whole name; later ones win.
         modules_to_not_convert: patterns of modules to leave in high precision.
         quantize_embeddings: whether input embedding and head are quantized too; at 6 bits or more unless overridden.
         strict: raise where a large matrix would be left in high precision without having been asked.
@@ -126,11 +126,5 @@ class LowBitConfig(QuantizationConfigMixin):
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a module name is meant by a pattern: the name, a dotted part, a dotted tail, or a shell wildcard."""
-    return (
-        name == pattern
-        or pattern in name.split(".")
-        or name.endswith(f".{pattern}")
-        or name.startswith(f"{pattern}.")
-        or fnmatch.fnmatchcase(name, pattern)
-    )
+    """Whether a dotted name is meant by a pattern: a run of its parts (``layers.0``), or a wildcard over all of it."""
+    return f".{pattern}." in f".{name}." or fnmatch.fnmatchcase(name, pattern)

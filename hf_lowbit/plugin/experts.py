@@ -84,7 +84,7 @@ def to_dense(module: LowBitExperts, dtype: torch.dtype) -> nn.Module:
         for stored in layout.fields:
             del module._buffers[f"{parameter}_{stored}"]
         module.register_parameter(parameter, nn.Parameter(dense, requires_grad=False))
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
     module.__dict__.pop("layouts", None)
     module.__dict__.pop("_prepared", None)
     return module

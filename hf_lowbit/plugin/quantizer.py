@@ -21,7 +21,7 @@ from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.serialize import Record, checksum, field_name, read_record
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.plugin.config import LowBitConfig
-from hf_lowbit.plugin.experts import STACKS, LowBitExperts, to_dense
+from hf_lowbit.plugin.experts import LowBitExperts, to_dense
 from hf_lowbit.plugin.hub import give_card
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
 from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
@@ -55,7 +55,9 @@ class LowBitQuantizer(HfQuantizer):
             replace_modules(model, layouts, dtype)
             for full, layout in layouts.items():
                 name, _, parameter = full.rpartition(".")
-                model.get_submodule(name).install(parameter, layout)
+                module = model.get_submodule(name)
+                module.install(parameter, layout)
+                hold_place(module, parameter)
         else:
             self.targets = find_targets(model, self.quantization_config)
             replace_modules(model, self.targets.chosen, dtype)
@@ -77,6 +79,11 @@ class LowBitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if self.failure is not None:
             raise self.failure
+        for _, module in low_bit_modules(model):
+            for parameter in module.layouts:
+                module.__dict__.pop(parameter, None)
+        # Saved names are module names: the host's renamings on save would miss the header's record.
+        model._weight_conversions = []
         give_card(model)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
@@ -136,14 +143,24 @@ class QuantizeOp(ConversionOps):
         except LowBitError as error:
             self.quantizer.failure = error
             return {}
-        if not any(name in module._parameters for name in ("weight", *STACKS)):
-            module._is_hf_initialized = True
+        hold_place(module, full_layer_name.rpartition(".")[2])
         return {field_name(full_layer_name, stored): tensor for stored, tensor in fields.items()}
 
     @property
     def reverse_op(self) -> ConversionOps:
         """Saving writes stored fields as they are."""
         return _IdentityOp()
+
+
+def hold_place(module: nn.Module, parameter: str) -> None:
+    """Leave an empty, already initialised tensor under a dense parameter's name until loading ends.
+
+    The host initialises what a checkpoint lacks by walking all modules, and some families reach into their children by
+    name (``mlp.c_proj.weight``); tensors marked as initialised are skipped there.
+    """
+    placeholder = torch.empty(0)
+    placeholder._is_hf_initialized = True
+    module.__dict__[parameter] = placeholder
 
 
 def quantize_into(module: LowBitModule, full_name: str, weight: Tensor, spec: Spec) -> dict[str, Tensor]:
@@ -193,7 +210,8 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
             tied = True
     if tied:
         retie_record(model)
-    model.__dict__.pop("push_to_hub", None)
+    for name in ("push_to_hub", "_weight_conversions"):
+        model.__dict__.pop(name, None)
 
 
 def _dense_linear(module: LowBitLinear, dtype: torch.dtype) -> nn.Module:

@@ -17,8 +17,10 @@ from hf_lowbit.plugin.experts import is_experts, stacks_of, to_low_bit
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
 
 Kind = Literal["linear", "embedding", "head", "experts"]
-# Smaller matrices (routers of a few experts, classifier heads of toy models) are not worth a line in the report.
+# Smaller matrices left in high precision do not make `strict` fail.
 LARGE = 1 << 12
+# Gates and scores with fewer rows or columns cost nothing as they are, and decide much.
+FEWEST = 8
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Targets:
 
     def spec(self, full: str, config: LowBitConfig) -> Spec:
         """The spec of a chosen parameter."""
-        return config.spec(full.rpartition(".")[0], embedding=self.chosen[full] in ("embedding", "head"))
+        return config.spec(place_of(full), embedding=self.chosen[full] in ("embedding", "head"))
 
 
 def find_targets(model: nn.Module, config: LowBitConfig) -> Targets:
@@ -46,11 +48,11 @@ def find_targets(model: nn.Module, config: LowBitConfig) -> Targets:
     tied = tied_head(model) is not None
     for name, module in model.named_modules():
         for parameter, tensor in module._parameters.items():
-            if tensor is None or tensor.ndim < 2:
+            if tensor is None or tensor.ndim < 2 or parameter.endswith("bias"):
                 continue
             full = f"{name}.{parameter}" if name else parameter
             kind = _kind(module, parameter, module is ends[0])
-            asked = [p for p in config.modules_to_not_convert if matches(name, p)]
+            asked = [p for p in config.modules_to_not_convert if matches(place_of(full), p)]
             if asked:
                 out.kept[full] = f"modules_to_not_convert names {asked[0]!r}"
             elif module in ends and not config.quantize_embeddings:
@@ -69,6 +71,11 @@ def find_targets(model: nn.Module, config: LowBitConfig) -> Targets:
         reasons = "; ".join(f"{name}: {out.kept[name]}" for name in unasked[:5])
         raise FallbackError(f"strict: {len(unasked)} matrices would stay in high precision ({reasons}).")
     return out
+
+
+def place_of(full: str) -> str:
+    """What patterns are matched against: a module's name, or an expert stack's ``module.parameter``."""
+    return full.removesuffix(".weight")
 
 
 def ends_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
@@ -102,7 +109,7 @@ def _shared_beyond_head(model: nn.Module, table: str) -> bool:
 
 def _kind(module: nn.Module, parameter: str, is_table: bool) -> Kind | None:
     if parameter == "weight" and type(module) in (nn.Linear, Conv1D):
-        return "linear"
+        return "linear" if min(module.weight.shape) >= FEWEST else None
     if parameter == "weight" and is_table and isinstance(module, nn.Embedding) and module.max_norm is None:
         plain = type(module).forward is nn.Embedding.forward
         return "embedding" if plain or hasattr(module, "embed_scale") else None
@@ -116,6 +123,8 @@ def _why_not(module: nn.Module, parameter: str, tensor: torch.Tensor) -> str:
         return "a look-up table that is not the input embedding (positions, types)"
     if tensor.ndim == 2 and "router" in type(module).__name__.lower():
         return "a router: small, and a wrong choice of expert costs more than its bytes"
+    if type(module) in (nn.Linear, Conv1D):
+        return f"fewer than {FEWEST} inputs or outputs: nothing to gain"
     if isinstance(module, nn.Linear):
         return f"{type(module).__name__} is a subclass of Linear whose forward is not known"
     return f"{type(module).__name__}.{parameter} is not a linear layer, embedding or expert stack known to hf-lowbit"
@@ -127,7 +136,7 @@ def _small_part(module: nn.Module, tensor: torch.Tensor) -> bool:
 
 
 def _check_patterns(model: nn.Module, config: LowBitConfig) -> None:
-    names = [name for name, _ in model.named_modules() if name]
+    names = [place_of(name) for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.ndim > 1]
     for pattern in [*config.overrides, *config.modules_to_not_convert]:
         if not any(matches(name, pattern) for name in names):
             parts = {part for name in names for part in name.split(".") if not part.isdigit()}
