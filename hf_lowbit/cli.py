@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hf_lowbit._version import __version__
-from hf_lowbit.errors import BadRequest, LowBitError
+from hf_lowbit.errors import BadRequest, LowBitError, unknown_name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    args = build_parser().parse_args(arguments)
     try:
+        args, unknown = build_parser().parse_known_args(arguments)
+        if unknown:
+            options = re.findall(r"--[a-z-]+", args.parser.format_usage())
+            raise BadRequest(unknown_name("argument", unknown[0], options))
         args.run(args)
     except BadRequest as error:
         return _fail(error, 2)
@@ -35,9 +40,17 @@ def _fail(error: object, code: int) -> int:
     return code
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad command line as every other bad request is reported."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadRequest(f"{message}. Run `{self.prog} --help` for what it takes.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="hf-lowbit", description="Low-bit language models through Transformers.")
+    # Abbreviated options would change their meaning as options are added.
+    parser = _Parser(prog="hf-lowbit", description="Low-bit language models through Transformers.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"hf-lowbit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -57,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on")
     evaluate.add_argument("--reference", metavar="SRC", help="the original, for KL and top-1 agreement")
     evaluate.add_argument("--window", type=int, default=512, help="tokens per window (512)")
-    evaluate.add_argument("--characters", type=int, metavar="N", help="only the first N characters of the text")
+    evaluate.add_argument("--characters", type=_count, metavar="N", help="only the first N characters of the text")
     evaluate.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
     evaluate.add_argument("--device", default="cpu")
 
@@ -66,9 +79,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
@@ -95,8 +108,17 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str) -> float | int:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
     return int(value) if value.is_integer() else value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
 
 
 def _override(text: str) -> tuple[str, dict[str, Any]]:
@@ -186,18 +208,24 @@ def run_eval(args: argparse.Namespace) -> None:
     checkpoint.show_progress(sys.stderr.isatty() and not args.json)
     text = _read_text(args.text, args.characters)
     sizes = _sizes(args.directory)
-    model = checkpoint.load_model(args.directory, args.dtype, args.device)
     ids = checkpoint.tokenize(checkpoint.load_tokenizer(args.directory), text)
+    window = measure.windows(ids, args.window).shape[1]  # refuses a text too short before a model is loaded
+    model = checkpoint.load_model(args.directory, args.dtype, args.device)
+    checkpoint.check_fits(model, ids, window)
     out: dict[str, Any] = {"method": sizes.pop("method")}
     with _progress_bar("windows", sys.stderr.isatty() and not args.json) as progress:
         if args.reference:
             reference = checkpoint.load_model(args.reference, args.dtype, args.device)
+            checkpoint.check_fits(reference, ids, window)
             found = measure.divergence(model, reference, ids, args.window, progress)
             out |= {"perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
             out |= {"kl": found.kl, "top1_agreement": found.top1_agreement, "tokens": found.tokens}
         else:
             plain = measure.perplexity(model, ids, args.window, progress)
             out |= {"perplexity": plain.perplexity, "kl": None, "top1_agreement": None, "tokens": plain.tokens}
+    broken = [key for key, value in out.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise LowBitError(f"{broken[0]} is {out[broken[0]]}: on this text the logits are not finite. Check the weights.")
     out |= sizes
     if args.json:
         return _print_json(out)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_lowbit.errors import FormatError, LowBitError
+from hf_lowbit.errors import FormatError
 from hf_lowbit.format.levels import Levels
 from hf_lowbit.format.packing import packed_width
 from hf_lowbit.format.scales import SCALE_BITS, coded_width, group_count, super_count
@@ -173,7 +173,7 @@ class Layout:
             layout = cls(shape=tuple(values.pop("shape")), stages=stages, **values)
             if len(layout.shape) not in (2, 3) or min(layout.shape) < 1 or not stages:
                 raise FormatError(f"impossible shape {layout.shape} or no stage")
-        except (KeyError, TypeError, AttributeError, LowBitError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"unreadable layout {str(values)[:200]}: {error}") from error
         return layout
 

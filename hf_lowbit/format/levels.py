@@ -107,15 +107,18 @@ BITS_OF = {
 }
 
 
-def parse_levels(name: str) -> tuple[str, int | None]:
+def parse_levels(name: str, bits: int | None = None) -> tuple[str, int | None]:
     """Family and mantissa bits of a user's ``levels`` word; ``e2m1`` and the like mean ``float``.
 
     Raises:
-        BadRequest: no family of that name, with the nearest one offered.
+        BadRequest: no family of that name, with the nearest one offered, or a float format that is not ``bits`` wide.
     """
     short = {"nf": "normal_float"}
     match = re.fullmatch(r"e(\d)m(\d)", name)
     if match:
+        width = 1 + int(match[1]) + int(match[2])
+        if bits is not None and bits != width:
+            raise BadRequest(f"levels {name!r} are {width} bits wide (sign, exponent, mantissa), got bits={bits}.")
         return "float", int(match[2])
     family = short.get(name, name)
     if family not in FAMILIES:
@@ -179,7 +182,9 @@ def _float_magnitudes(bits: int, mantissa: int) -> Tensor:
     fraction = torch.arange(2**mantissa, dtype=torch.float64) / 2**mantissa
     rows = [fraction] + [(1 + fraction) * 2.0 ** (e - 1) for e in range(1, exponents)]
     values = torch.cat(rows)
-    return values / values.max() if values.max() > 2**60 else values
+    # A scale is fp16: beside levels of 2**14 and more it would be subnormal and lose its own digits. Exact, being a power.
+    largest = int(torch.frexp(values.max()).exponent)
+    return torch.ldexp(values, torch.tensor(-largest, dtype=torch.float64)) if largest > 8 else values
 
 
 def assign(values: Tensor, table: Tensor) -> Tensor:

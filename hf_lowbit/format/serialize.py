@@ -79,8 +79,11 @@ class Record:
             raise FormatError(f"{where}: the {RECORD_KEY!r} record in the header is damaged (checksum). Fetch it again.")
         values = json.loads(text)
         check_version(values.get("format_version"), where)
-        layouts = {name: Layout.from_json(entry) for name, entry in values["tensors"].items()}
-        return cls(layouts, values["crc32"], values["kept"], tuple(values["ends"]))
+        try:
+            layouts = {name: Layout.from_json(entry) for name, entry in values["tensors"].items()}
+            return cls(layouts, values["crc32"], values["kept"], tuple(values["ends"]))
+        except (AttributeError, KeyError, TypeError, FormatError) as error:
+            raise FormatError(f"{where}: the {RECORD_KEY!r} record is malformed ({error!r}).") from error
 
 
 def check_version(version: object, where: str) -> None:
@@ -131,6 +134,11 @@ def read_record(files: Iterable[str | Path], verify: bool = True) -> Record:
                     raise FormatError(f"{file}: the bytes of tensor {name!r} are damaged (checksum). Fetch it again.")
     if record is None:
         raise FormatError("no safetensors file to read a low-bit record from.")
+    if lacking := record.checksums.keys() - present.keys():
+        raise FormatError(
+            f"the header lists tensor {min(lacking)!r}, which no file holds ({len(lacking)} such in all). "
+            "A shard is missing or damaged; fetch it again."
+        )
     for parameter, layout in record.layouts.items():
         for stored, expected in layout.fields.items():
             name = field_name(parameter, stored)

@@ -44,8 +44,11 @@ class Spec:
             _whole("group_size", self.group_size, 8, 65536, "use -1 for one scale per row")
         if self.scale_bits not in SCALE_BITS:
             raise BadRequest(f"scale_bits must be 16, 8 or 6, got {self.scale_bits!r}.")
+        for name, value in (("method", self.method), ("levels", self.levels)):
+            if not isinstance(value, str) and (name, value) != ("levels", None):
+                raise BadRequest(f"{name} must be a name, got {value!r}.")
         if self.levels is not None:
-            parse_levels(self.levels)
+            parse_levels(self.levels, self.bits)
         if not isinstance(self.outliers, (int, float)) or not 0 <= self.outliers <= 0.1:
             raise BadRequest(f"outliers is the fraction of weights kept in fp16, 0 to 0.1, got {self.outliers!r}.")
         _whole("residual_terms", self.residual_terms, 1, 4, "1 is no residual")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from hf_lowbit.errors import BadRequest
 from hf_lowbit.measure.perplexity import (
     Progress,
     batches,
+    exponential,
     log_probabilities,
     negative_log_likelihood,
     vocabulary_of,
@@ -57,4 +57,5 @@ def divergence(
         kl += (theirs.exp() * (theirs - ours)).sum(dtype=torch.float64).item()
         same += (theirs.argmax(-1) == ours.argmax(-1)).sum().item()
         tokens += batch.shape[0] * (batch.shape[1] - 1)
-    return Divergence(math.exp(nll / tokens), math.exp(reference_nll / tokens), kl / tokens, same / tokens, tokens)
+    perplexities = exponential(nll / tokens), exponential(reference_nll / tokens)
+    return Divergence(*perplexities, kl / tokens, same / tokens, tokens)

@@ -81,7 +81,15 @@ def perplexity(model: Any, ids: Tensor, window: int = 512, progress: Progress | 
     for batch in batches(ids, window, vocabulary_of(model), progress):
         total += negative_log_likelihood(log_probabilities(model, batch), batch)
         tokens += batch.shape[0] * (batch.shape[1] - 1)
-    return Perplexity(math.exp(total / tokens), tokens)
+    return Perplexity(exponential(total / tokens), tokens)
+
+
+def exponential(value: float) -> float:
+    """``exp``, and infinity where that is more than a float holds."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
 
 
 def vocabulary_of(model: Any) -> int:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_lowbit.errors import BadRequest, FormatError, LowBitError
 from hf_lowbit.format.serialize import Record, read_record, sort_header
+from hf_lowbit.measure.perplexity import vocabulary_of
 from hf_lowbit.plugin.config import QUANT_METHOD, LowBitConfig
 from hf_lowbit.plugin.explain import Explanation, explain
 
@@ -32,27 +33,52 @@ def load_model(source: str, dtype: str = "auto", device: str = "cpu", config: Lo
     """A causal LM in eval mode from a directory or Hub id, quantized on the way if ``config`` is given.
 
     Raises:
-        BadRequest: nothing there, or a device that is not.
-        FormatError: a damaged or newer checkpoint.
+        BadRequest: nothing there, a device that is not, or ``config`` for a model that is quantized already.
+        FormatError: a damaged or newer checkpoint, or one whose config and weights do not belong together.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoModelForCausalLM
 
     if device != "cpu" and device.split(":")[0] == "cuda" and not torch.cuda.is_available():
         raise BadRequest(f"device {device!r} was asked for, but torch finds no CUDA device here. Use --device cpu.")
     _check_source(source)
-    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    # Told of what is missing or of another size, the host goes on with random weights; here that is an error.
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    options["dtype"] = dtype if dtype == "auto" else getattr(torch, dtype)
     if device != "cpu":
         options["device_map"] = device
     if config is not None:
         options["quantization_config"] = config
     try:
-        return AutoModelForCausalLM.from_pretrained(source, **options).eval()
+        if _quantization_config(source) and config is not None:
+            raise BadRequest(f"{source!r} is quantized already; quantize the original it was made from.")
+        model, info = AutoModelForCausalLM.from_pretrained(source, **options)
     except LowBitError:
         raise
     except (SafetensorError, json.JSONDecodeError) as error:
         raise FormatError(f"{source}: a file is damaged or incomplete ({error}). Fetch it again.") from error
-    except (OSError, ValueError) as error:
+    except StrictDataclassError as error:
+        raise FormatError(f"{source}/config.json is damaged: {_first_lines(error)}") from error
+    except (OSError, ValueError, ImportError) as error:
         raise BadRequest(f"cannot load {source!r}: {_first_lines(error)}") from error
+    except RuntimeError as error:
+        raise LowBitError(f"loading {source!r} failed: {_first_lines(error)}") from error
+    _check_complete(source, info)
+    return model.eval()
+
+
+def _check_complete(source: str, info: dict[str, Any]) -> None:
+    if info["mismatched_keys"]:
+        name, stored, wanted = min(info["mismatched_keys"])
+        raise FormatError(
+            f"{source}: config.json makes {name!r} {list(wanted)}, the file holds {list(stored)}. "
+            "Config and weights are not of one checkpoint."
+        )
+    if missing := info["missing_keys"]:
+        raise FormatError(
+            f"{source}: the files lack {min(missing)!r} ({len(missing)} missing in all), which config.json asks for. "
+            "Config and weights are not of one checkpoint, or a file is missing."
+        )
 
 
 def load_tokenizer(source: str) -> Any:
@@ -60,21 +86,26 @@ def load_tokenizer(source: str) -> Any:
 
     Raises:
         BadRequest: there is none.
+        LowBitError: there is one, but it is damaged or needs a package that is not installed.
     """
     from transformers import AutoTokenizer
 
     _check_source(source)
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise BadRequest(f"cannot load a tokenizer from {source!r}: {_first_lines(error)}") from error
+    except ImportError as error:
+        raise LowBitError(f"the tokenizer of {source!r} needs another package: {_first_lines(error)}") from error
+    except Exception as error:  # a damaged file raises whatever its reader tripped over, bare Exception included
+        if isinstance(error, OSError) or type(error) is ValueError:
+            raise BadRequest(f"cannot load a tokenizer from {source!r}: {_first_lines(error)}") from error
+        raise FormatError(f"{source}: the tokenizer is damaged ({_first_lines(error)}). Fetch it again.") from error
 
 
 def quantize_checkpoint(source: str, destination: str | Path, config: LowBitConfig, device: str = "cpu") -> Explanation:
     """Quantize a checkpoint into a new directory, which appears whole or not at all.
 
     Raises:
-        BadRequest: the destination exists and is not empty, or cannot be written.
+        BadRequest: the destination exists and is not empty or cannot be written, or the source is quantized already.
         LowBitError: loading or quantizing failed, or the disk is full; nothing is left behind.
     """
     with new_directory(Path(destination)) as folder:
@@ -99,14 +130,16 @@ def new_directory(destination: Path) -> Iterator[Path]:
         BadRequest: ``destination`` exists and is not an empty directory, or its parent cannot be written.
         LowBitError: writing failed (a full disk, say).
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise BadRequest(f"{destination} exists and is not an empty directory. Choose another name or remove it.")
     partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+            raise BadRequest(f"{destination} exists and is not an empty directory. Choose another name or remove it.")
+        made = [parent for parent in destination.parents if not parent.exists()]
+        partial.mkdir(parents=True)
     except OSError as error:
-        raise BadRequest(f"{destination} cannot be written: {error.strerror or error}.") from error
+        raise BadRequest(
+            f"{destination} cannot be written ({error.strerror or error}). Choose a directory you can write to."
+        ) from error
     try:
         yield partial
         if destination.exists():
@@ -116,6 +149,9 @@ def new_directory(destination: Path) -> Iterator[Path]:
         raise LowBitError(f"writing {destination} failed ({error}); nothing was left behind.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # on success they hold the result and stay
+            for parent in made:
+                parent.rmdir()
 
 
 @dataclass(frozen=True)
@@ -143,14 +179,17 @@ def read_contents(directory: str | Path) -> Contents:
         FormatError: damaged, incomplete, inconsistent or too new.
     """
     folder = Path(directory)
+    if not folder.is_dir():
+        raise BadRequest(f"{str(directory)!r} is not a directory here. Download the checkpoint first: hf download.")
     _check_source(str(folder))
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
-    except (OSError, json.JSONDecodeError) as error:
-        raise FormatError(f"{folder}/config.json is missing or damaged ({error}).") from error
+    settings = _quantization_config(str(folder))
     if settings.get("quant_method") != QUANT_METHOD:
-        raise BadRequest(f"{folder} is not an hf-lowbit checkpoint: its config names {settings.get('quant_method')!r}.")
-    config = LowBitConfig.from_dict(settings)
+        method = repr(settings["quant_method"]) if "quant_method" in settings else "no quantization method"
+        raise BadRequest(f"{folder} is not an hf-lowbit checkpoint: its config.json names {method}.")
+    try:
+        config = LowBitConfig.from_dict(settings)
+    except BadRequest as error:
+        raise FormatError(f"{folder}/config.json: {error}") from error
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FormatError(f"{folder} holds no safetensors file.")
@@ -184,12 +223,43 @@ def _first_lines(error: Exception) -> str:
 
 
 def is_low_bit(source: str) -> bool:
-    """Whether a local directory's config names our quantization method."""
+    """Whether a local directory's config names our quantization method; False for a Hub id.
+
+    Raises:
+        BadRequest: neither a checkpoint here nor a Hub id.
+        FormatError: its config.json is damaged.
+    """
+    _check_source(source)
+    return Path(source).exists() and _quantization_config(source).get("quant_method") == QUANT_METHOD
+
+
+def _quantization_config(source: str) -> dict[str, Any]:
+    if not Path(source).exists():
+        from transformers import PretrainedConfig
+
+        return PretrainedConfig.get_config_dict(source)[0].get("quantization_config") or {}
+    file = Path(source) / "config.json"
     try:
-        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+        return dict(json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise FormatError(f"{file} is damaged ({error}). Fetch it again.") from error
+
+
+def check_fits(model: Any, ids: torch.Tensor, window: int) -> None:
+    """Refuse tokens or windows a model has no place for.
+
+    Raises:
+        BadRequest: naming what the model takes.
+    """
+    vocabulary, largest = vocabulary_of(model), int(ids.max())
+    if largest >= vocabulary:
+        raise BadRequest(
+            f"the tokenizer makes token {largest}, the model knows {vocabulary} tokens. Tokenizer and model are not of one "
+            "checkpoint."
+        )
+    places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(places, int) and 0 < places < window:
+        raise BadRequest(f"a window of {window} tokens was asked for, the model takes up to {places}. Use --window {places}.")
 
 
 def tokenize(tokenizer: Any, text: str) -> torch.Tensor:

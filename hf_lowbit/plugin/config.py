@@ -20,11 +20,11 @@ SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers",
 # more divergence than 4-bit blocks do, 6-bit tables a sixth of that (eval/results/embedding_bits.json).
 EMBEDDING_BITS = 6
 _LATER = {
-    "transforms": "outlier migration and rotations",
-    "calibration": "calibrated methods",
-    "activation_bits": "activation quantization",
-    "kv_cache": "the mixed-precision KV cache",
-    "target_size": "the bit allocator",
+    "transforms": "outlier migration and rotations are",
+    "calibration": "calibrated methods are",
+    "activation_bits": "activation quantization is",
+    "kv_cache": "the mixed-precision KV cache is",
+    "target_size": "the bit allocator is",
 }
 
 
@@ -80,17 +80,23 @@ class LowBitConfig(QuantizationConfigMixin):
         later |= {"kv_cache": kv_cache, "target_size": target_size}
         for name, value in later.items():
             if value is not None and value != () and value != []:
-                raise BadRequest(f"{name}={value!r}: {_LATER[name]} are not part of this release; leave {name} out.")
+                raise BadRequest(f"{name}={value!r}: {_LATER[name]} not part of this release; leave {name} out.")
         if unknown:
             known = [*SPEC_KEYS, *_LATER, "overrides", "modules_to_not_convert", "quantize_embeddings", "strict"]
             raise BadRequest(unknown_name("setting", next(iter(unknown)), known))
         if isinstance(bits, float) and not bits.is_integer():
             raise BadRequest(f"bits={bits}: fractional bits need the bit allocator, not part of this release; use 1 to 8.")
-        self.method, self.bits, self.group_size, self.levels = method, int(bits), group_size, levels
+        bits = int(bits) if isinstance(bits, float) else bits  # JSON and command lines write 4.0
+        self.method, self.bits, self.group_size, self.levels = method, bits, group_size, levels
         self.scale_bits, self.outliers, self.residual_terms, self.seed = scale_bits, outliers, residual_terms, seed
-        self.overrides = {pattern: dict(change) for pattern, change in (overrides or {}).items()}
-        self.modules_to_not_convert = list(modules_to_not_convert or [])
-        self.quantize_embeddings, self.strict = bool(quantize_embeddings), bool(strict)
+        self.overrides = copy.deepcopy(dict(_typed("overrides", overrides or {}, Mapping, "a mapping of patterns")))
+        for change in self.overrides.values():
+            _typed("overrides", change, Mapping, "a mapping of patterns to mappings of settings")
+        self.modules_to_not_convert = list(
+            _typed("modules_to_not_convert", modules_to_not_convert or [], (list, tuple, set), "a list of patterns")
+        )
+        self.quantize_embeddings = _typed("quantize_embeddings", quantize_embeddings, bool, "True or False")
+        self.strict = _typed("strict", strict, bool, "True or False")
         self.post_init()
 
     def post_init(self) -> None:
@@ -123,6 +129,12 @@ class LowBitConfig(QuantizationConfigMixin):
 
     def _changed(self, change: Mapping[str, Any]) -> Spec:
         return Spec.from_json({key: getattr(self, key) for key in SPEC_KEYS} | dict(change))
+
+
+def _typed(name: str, value: Any, kind: Any, wanted: str) -> Any:
+    if not isinstance(value, kind):
+        raise BadRequest(f"{name} must be {wanted}, got {value!r}.")
+    return value
 
 
 def matches(name: str, pattern: str) -> bool:

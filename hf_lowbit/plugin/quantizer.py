@@ -138,6 +138,8 @@ class QuantizeOp(ConversionOps):
         if self.quantizer.failure is not None:
             return {}
         try:
+            wanted = module.get_parameter(full_layer_name.rpartition(".")[2]).shape
+            check_shape(full_layer_name, list(wanted), list(weight.shape))
             spec = self.quantizer.targets.spec(full_layer_name, self.quantizer.quantization_config)
             fields = quantize_into(module, full_layer_name, weight, spec)
         except LowBitError as error:
@@ -189,7 +191,13 @@ def record_of(model: nn.Module, kept: dict[str, str]) -> Record:
             layouts[f"{name}.{parameter}"] = layout
             if module in ends_of(model):
                 ends.append(f"{name}.{parameter}")
-    checksums = {name: checksum(t) for name, t in model.state_dict().items() if not t.is_meta}
+    state, ties = model.state_dict(), getattr(model, "all_tied_weights_keys", None) or {}
+    checksums = {}
+    for name, tensor in state.items():
+        source = state.get(ties.get(name))
+        stored_there = source is not None and source.data_ptr() == tensor.data_ptr()
+        if not tensor.is_meta and not stored_there:
+            checksums[name] = checksum(tensor)
     return Record(layouts, checksums, kept, tuple(ends))
 
 
@@ -258,8 +266,16 @@ def _check_shapes(model: nn.Module, layouts: dict[str, Layout]) -> None:
         shape = list(model.get_parameter(full).shape)
         if isinstance(module, Conv1D) or getattr(module, "is_transposed", False):
             shape[-2:] = shape[:-3:-1]
-        if shape != list(layout.shape):
-            raise FormatError(
-                f"config.json makes {full!r} a {shape} matrix, the file holds {list(layout.shape)}. "
-                "Config and weights are not of one checkpoint."
-            )
+        check_shape(full, shape, list(layout.shape))
+
+
+def check_shape(full: str, wanted: list[int], found: list[int]) -> None:
+    """Refuse a stored matrix of another shape than the model built from config.json has.
+
+    Raises:
+        FormatError: naming both.
+    """
+    if wanted != found:
+        raise FormatError(
+            f"config.json makes {full!r} {wanted}, the file holds {found}. Config and weights are not of one checkpoint."
+        )

@@ -47,7 +47,8 @@ def fit_table(values: Tensor, importance: Tensor | None, bits: int) -> Tensor:
         values: sampled groups, float32 ``[n, 1, group_size]``.
         importance: weights of the squared error, broadcastable, or None.
     """
-    starts = [_normalised(table) for table in _starts(values, importance, bits)]
+    # Where all sampled weights are zero so is the k-means start, which could hold none of the weights outside the sample.
+    starts = [_normalised(table) for table in _starts(values, importance, bits) if table.any()]
     fits = in_parallel(lambda table: _fit_scales(values, table, importance), starts)
     first = min(range(len(starts)), key=lambda number: fits[number][1])
     best_table = table = starts[first]

@@ -6,6 +6,8 @@ slower on two idle cores, and minutes instead of seconds where another process k
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +33,17 @@ def block_threads() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         _WORKERS.reset(token)
+
+
+def release_freed_memory() -> None:
+    """Give freed blocks back to the system, where the C library is glibc.
+
+    Its per-thread arenas keep them: without this, quantizing a model of 1 B weights ends 2.7 GB above the result.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:

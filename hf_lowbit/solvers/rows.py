@@ -30,7 +30,7 @@ class Rows:
         shift: power of two the values are divided by.
         tables: equal blocks of rows that may have a level table each (the matrices of a stack).
         importance: float ``[in]`` weights of the squared error per input channel; None is all ones.
-        excluded: sorted flat indices (int64) of weights that do not count in the error (outliers).
+        excluded: sorted flat indices (int64) of weights stored elsewhere (outliers): zeros that do not count in the error.
     """
 
     def __init__(
@@ -58,31 +58,35 @@ class Rows:
 
     def block(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Values float32 ``[n, groups, group_size]`` of rows ``start .. stop`` and their importance (broadcastable)."""
-        values = self._grouped(self.weight[start:stop])
-        if self.excluded is None:
-            return values, self._importance
-        first, last = torch.searchsorted(
-            self.excluded, torch.tensor([start * self.in_features, stop * self.in_features])
-        ).tolist()
-        flat = self.excluded[first:last] - start * self.in_features
-        counts = torch.ones(stop - start, self.in_features, device=values.device)
-        counts.view(-1)[flat] = 0
-        counts = torch.nn.functional.pad(counts, (0, self.groups * self.group_size - self.in_features))
-        counts = counts.view(values.shape)
-        return values, counts if self._importance is None else counts * self._importance
+        return self._counted(self._grouped(self.weight[start:stop]), torch.arange(start, stop))
 
     def sample(self, weights: int, table: int = 0) -> tuple[Tensor, Tensor | None]:
         """Groups ``[n, 1, group_size]`` of about ``weights`` weights of one table's rows, evenly spread, never random."""
         each = self.rows // self.tables
         take = max(1, min(each, weights // self.in_features))
         picked = torch.linspace(0, each - 1, take).round().long() + table * each
-        values = self._grouped(self.weight[picked])
-        importance = self._importance
+        values, importance = self._counted(self._grouped(self.weight[picked]), picked)
         if importance is not None:
             importance = importance.expand(values.shape).reshape(-1, 1, self.group_size)
         values = values.view(-1, 1, self.group_size)
         step = max(1, values.shape[0] * self.group_size // weights)
         return values[::step].contiguous(), None if importance is None else importance[::step].contiguous()
+
+    def _counted(self, values: Tensor, picked: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``values`` of the rows ``picked`` (int64 ``[n]``) with excluded weights as zeros of no importance, as padding is.
+
+        A zero and not the weight itself, since no scale, range or threshold of the others may follow an outlier.
+        """
+        if self.excluded is None:
+            return values, self._importance
+        first, last = torch.searchsorted(self.excluded, torch.stack([picked, picked + 1]) * self.in_features)
+        counts = last - first
+        rows = torch.repeat_interleave(torch.arange(len(picked)), counts)
+        within = torch.arange(len(rows)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        columns = self.excluded[first[rows] + within] - picked[rows] * self.in_features
+        counted = torch.ones(values.shape)
+        counted.view(len(picked), -1)[rows, columns] = 0
+        return values * counted, counted if self._importance is None else counted * self._importance
 
     def _grouped(self, weight: Tensor) -> Tensor:
         values = torch.ldexp(weight.to(torch.float32), torch.tensor(-self.shift))
@@ -107,8 +111,8 @@ def shift_of(weight: Tensor) -> int:
     step = max(1, BLOCK_WEIGHTS * 16 // weight.shape[1])
     largest = 0.0
     for start in range(0, weight.shape[0], step):
-        block = weight[start : start + step]
-        top = torch.linalg.vector_norm(block, float("inf"), dtype=torch.float32).item()
+        block = weight[start : start + step].to(torch.float32)
+        top = torch.linalg.vector_norm(block, float("inf")).item()
         if not top < float("inf"):
             bad = (~torch.isfinite(block)).nonzero()
             if len(bad):

@@ -7,14 +7,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hf_lowbit.errors import WeightError
+from hf_lowbit.errors import BadRequest, WeightError
 from hf_lowbit.format.layout import Layout, Stage, stage_field
 from hf_lowbit.format.outliers import store_outliers
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.format.tensor import LowBitTensor
-from hf_lowbit.solvers.parallel import block_threads
+from hf_lowbit.solvers.parallel import block_threads, release_freed_memory
 from hf_lowbit.solvers.registry import get_solver
 from hf_lowbit.solvers.rows import Rows, shift_of
+
+# Weights above which a solve leaves enough freed memory behind to be worth returning (2 ms).
+LARGE = 1 << 20
 
 
 @torch.no_grad()
@@ -34,6 +37,10 @@ def solve(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> LowBi
     entry = get_solver(spec)
     if weight.dim() not in (2, 3) or not weight.is_floating_point() or weight.numel() == 0:
         raise WeightError(f"a weight is a float [out, in] or [experts, out, in], got {weight.dtype} {list(weight.shape)}.")
+    if importance is not None and tuple(importance.shape) != (weight.shape[-1],):
+        raise BadRequest(
+            f"importance is one number per input channel, [{weight.shape[-1]}] here, got {list(importance.shape)}."
+        )
     flat = weight.detach().reshape(-1, weight.shape[-1])
     shift = shift_of(flat)
     excluded = _largest(flat, spec.outliers) if spec.outliers else None
@@ -54,6 +61,8 @@ def solve(weight: Tensor, spec: Spec, importance: Tensor | None = None) -> LowBi
         columns = excluded % layout.in_features
         tensors |= store_outliers(excluded // layout.in_features, columns, values, layout.rows, layout.in_features)
         layout = replace(layout, outliers=excluded.numel())
+    if weight.numel() > LARGE:
+        release_freed_memory()
     return LowBitTensor(layout, tensors)
 
 
@@ -64,4 +73,6 @@ def _names(stage: Stage, layout: Layout) -> list[str]:
 def _largest(flat: Tensor, fraction: float) -> Tensor | None:
     """Sorted flat indices of the ``fraction`` of weights with the largest magnitude, at least one."""
     count = max(1, round(fraction * flat.numel()))
-    return flat.abs().flatten().topk(count).indices.sort().values
+    size = flat.abs().flatten()
+    size = size.float() if size.itemsize == 1 else size  # topk knows no 8-bit floats
+    return size.topk(count).indices.sort().values

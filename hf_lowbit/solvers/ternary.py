@@ -34,13 +34,17 @@ def tquant(rows: Rows, spec: Spec) -> tuple[Stage, dict[str, Tensor]]:
 
 @solver("mquant", **ONLY, summary="ternary, mass cut in three")
 def mquant(rows: Rows, spec: Spec) -> tuple[Stage, dict[str, Tensor]]:
-    """A third of the magnitudes becomes zero; the level is the mean of the others."""
+    """A third of the magnitudes becomes zero (fewer where equal ones would be parted); the level is the mean of the others.
+
+    The padding of a row's last group counts neither as zero nor as weight.
+    """
+    padding = torch.zeros(rows.groups, 1, dtype=torch.int64)
+    padding[-1] = rows.groups * rows.group_size - rows.in_features
+    smallest_kept = padding + (rows.group_size - padding) // 3
 
     def cut(size: Tensor) -> tuple[Tensor, Tensor]:
-        ordered = size.sort(-1).values
-        zeros = size.shape[-1] // 3
-        threshold = ordered[..., zeros - 1 : zeros] if zeros else torch.full_like(ordered[..., :1], -1.0)
-        outside = size > threshold
+        threshold = size.sort(-1).values.gather(-1, smallest_kept.expand(len(size), -1, -1))
+        outside = (size >= threshold) & (size > 0)
         return threshold, (size * outside).sum(-1, keepdim=True) / outside.sum(-1, keepdim=True).clamp_min(1)
 
     return _encode(rows, spec, cut)
@@ -61,7 +65,7 @@ def _encode(rows: Rows, spec: Spec, cut: Cut) -> tuple[Stage, dict[str, Tensor]]
         values, _ = rows.block(*span[:2])
         threshold, level = cut(values.abs())
         put_group_values(fields, "scale", stage, span, level)
-        codes = torch.where(values.abs() > threshold, values.sign(), 0.0) + 1
+        codes = torch.where(values.abs() >= threshold, values.sign(), 0.0) + 1
         put_codes(fields, rows, stage, span, codes)
 
     in_parallel(encode_span, rows.spans())
