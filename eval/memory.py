@@ -103,9 +103,10 @@ def main() -> None:
             rows[f"quantize on the fly, {method}, 4 bits"] = step(dense, low, {"method": method, "bits": 4})
             rows[f"load the result, {method}"] = step(low, None, {})
         for label, row in rows.items():
-            above = row["peak_mb"] - row["after_mb"]
-            print(f"{label:42} {row['seconds']:7.1f} s, anonymous memory: peak {row['peak_mb']:5} MB, after {row['after_mb']:5} MB,"
-                  f" peak above the result {above:4} MB (tensors {row['tensors_mb']} MB)")  # fmt: skip
+            print(
+                f"{label:40} {row['seconds']:7.1f} s, anonymous: peak {row['peak_mb']:5} MB, after {row['after_mb']:5} MB "
+                f"(tensors {row['tensors_mb']} MB)"
+            )
     print("written to", write("memory", rows))
 
 

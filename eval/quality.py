@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from results_file import write
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    text = open(args.text, encoding="utf-8").read()[: args.characters]
+    text = Path(args.text).read_text(encoding="utf-8")[: args.characters]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     plain = perplexity(reference, ids)
@@ -68,7 +69,10 @@ def main() -> None:
     print(f"{'original':40} {'':>7} ppl {plain.perplexity:9.3f}  over {plain.tokens} tokens", flush=True)
     jobs = [(label, settings | {"quantize_embeddings": False}) for label, settings in RECIPES]
     blocks = ["self_attn", "mlp"]
-    jobs += [(label, {"bits": b, "overrides": {"embed_tokens": {"bits": b}}, "modules_to_not_convert": blocks}) for label, b in TABLES]
+    jobs += [
+        (label, {"bits": b, "overrides": {"embed_tokens": {"bits": b}}, "modules_to_not_convert": blocks})
+        for label, b in TABLES
+    ]
     for label, settings in jobs:
         row = rows[label] = measure(args.model, settings, reference, ids)
         print(
@@ -76,7 +80,7 @@ def main() -> None:
             f"top-1 {row['top1_agreement']:.4f}  {row['quantize_seconds']:.1f} s",
             flush=True,
         )
-    print("written to", write(args.name, rows, {"model": args.model.split("/")[-1], "text": args.text.split("/")[-1]}))
+    print("written to", write(args.name, rows, {"model": Path(args.model).name, "text": Path(args.text).name}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ RESULTS = Path(__file__).with_name("results")
 def machine() -> str:
     """Processor, cores and vector width in a line."""
     try:
-        names = {line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line}
+        names = {
+            line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+        }
     except OSError:
         names = {platform.processor() or platform.machine()}
     capability = torch.backends.cpu.get_cpu_capability()

@@ -107,6 +107,12 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default="cpu", help="where to quantize (cpu)")
 
 
+SETTINGS = (
+    *("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "modules_to_not_convert"),
+    *("quantize_embeddings", "calibration", "transforms", "activation_bits", "target_size", "seed", "strict"),
+)
+
+
 def _number(text: str) -> float | int:
     try:
         value = float(text)
@@ -159,9 +165,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     from hf_lowbit.plugin import LowBitConfig, checkpoint
 
     given = vars(args)
-    names = ("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "modules_to_not_convert")
-    names += ("quantize_embeddings", "calibration", "transforms", "activation_bits", "target_size", "seed", "strict")
-    settings = {name: given[name] for name in names if given[name] is not None}
+    settings = {name: given[name] for name in SETTINGS if given[name] is not None}
     overrides: dict[str, dict[str, Any]] = {}
     for pattern, change in args.override or []:
         overrides.setdefault(pattern, {}).update(change)

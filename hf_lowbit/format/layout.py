@@ -52,6 +52,7 @@ class Stage:
 
     @property
     def bits(self) -> int:
+        """Width of a code."""
         return self.levels.bits
 
     def fields(self, rows: int, in_features: int) -> dict[str, Field]:
@@ -74,6 +75,7 @@ class Stage:
         return out
 
     def to_json(self) -> dict:
+        """JSON values; what equals its default is left out."""
         out: dict = {"bits": self.bits, "levels": self.levels.to_json(), "group_size": self.group_size}
         out["scale_bits"] = self.scale_bits
         for name, default in (("offset", False), ("tables", 1), ("table_ids", False), ("rows", None)):
@@ -83,6 +85,7 @@ class Stage:
 
     @classmethod
     def from_json(cls, values: Mapping) -> Stage:
+        """Inverse of :meth:`to_json`; errors are wrapped by :meth:`Layout.from_json`."""
         values = dict(values)
         levels = Levels(bits=values.pop("bits"), **values.pop("levels"))
         stage = cls(levels=levels, **values)
@@ -115,14 +118,17 @@ class Layout:
 
     @property
     def in_features(self) -> int:
+        """Weights per row."""
         return self.shape[-1]
 
     @property
     def rows(self) -> int:
+        """All leading axes together."""
         return prod(self.shape[:-1])
 
     @property
     def numel(self) -> int:
+        """Logical weights."""
         return prod(self.shape)
 
     @cached_property
@@ -150,6 +156,7 @@ class Layout:
         return replace(self, shape=(rows, self.in_features), stages=stages, outliers=outliers)
 
     def to_json(self) -> dict:
+        """JSON values; what equals its default is left out."""
         out: dict = {"shape": list(self.shape), "stages": [stage.to_json() for stage in self.stages]}
         for name, default in (("shift", 0), ("method", ""), ("outliers", 0), ("rank", 0), ("permuted", False)):
             if getattr(self, name) != default:

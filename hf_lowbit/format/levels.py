@@ -64,8 +64,8 @@ class Levels:
         if (self.exponent is not None) != (self.family in POWER):
             raise BadRequest(f"levels {self.family!r} and exponent {self.exponent} do not go together.")
         if self.exponent is not None and not EXPONENT_RANGE[0] <= self.exponent <= EXPONENT_RANGE[1]:
-            low, high = EXPONENT_RANGE
-            raise BadRequest(f"a power exponent must lie in {low} .. {high}, got {self.exponent}.")
+            lowest, highest = EXPONENT_RANGE
+            raise BadRequest(f"a power exponent must lie in {lowest} .. {highest}, got {self.exponent}.")
         if (self.mantissa is not None) != (self.family == "float"):
             raise BadRequest(f"levels {self.family!r} and {self.mantissa} mantissa bits do not go together.")
         if self.mantissa is not None and not 0 <= self.mantissa <= self.bits - 2:

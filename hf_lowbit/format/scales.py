@@ -67,7 +67,7 @@ def spread_super(values: Tensor, groups: int, group_size: int) -> Tensor:
 
 
 def fit_super(scales: Tensor, group_size: int, scale_bits: int) -> Tensor:
-    """Smallest super-scales (fp16-rounded float32 ``[rows, supers]``) that reach the largest of ``[rows, groups]`` scales."""
+    """Smallest super-scales (as fp16, float32 ``[rows, supers]``) that reach the largest of scales ``[rows, groups]``."""
     per, groups = groups_per_super(group_size), scales.shape[-1]
     supers = super_count(groups, group_size)
     padded = torch.nn.functional.pad(scales.abs(), (0, supers * per - groups))

@@ -109,7 +109,7 @@ def field_name(parameter: str, stored: str) -> str:
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a tensor's bytes in row-major order."""
     flat = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(flat.view(torch.uint8).numpy()) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def read_record(files: Iterable[str | Path], verify: bool = True) -> Record:
@@ -127,7 +127,7 @@ def read_record(files: Iterable[str | Path], verify: bool = True) -> Record:
     for file in files:
         with _open(file) as handle:
             record = record or Record.from_metadata(handle.metadata(), str(file))
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 - a file handle, not a dict
                 piece = handle.get_slice(name)
                 present[name] = (piece.get_dtype(), piece.get_shape())
                 if verify and name in record.checksums and checksum(handle.get_tensor(name)) != record.checksums[name]:

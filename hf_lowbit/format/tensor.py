@@ -61,10 +61,12 @@ class LowBitTensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
         return self.layout.shape
 
     @property
     def device(self) -> torch.device:
+        """Where the stored tensors are."""
         return self.tensors["codes"].device
 
     def to(self, device: torch.device | str) -> LowBitTensor:
@@ -167,7 +169,8 @@ class LowBitTensor:
         self, stage: Stage, fields: Mapping[str, Tensor], table: Tensor, start: int, stop: int
     ) -> tuple[Tensor | None, Tensor]:
         """One stage over rows ``start .. stop``: the rows it touches (None: all of them) and their values."""
-        where, pick = None, slice(start, stop)
+        where: Tensor | None = None
+        pick: slice | Tensor = slice(start, stop)
         if stage.rows is not None:
             ids = fields["row_ids"].long()
             pick = ((ids >= start) & (ids < stop)).nonzero()[:, 0]

@@ -26,15 +26,19 @@ class Reference(Backend):
     name = "reference"
 
     def supports(self, layout: Layout, device: torch.device) -> Verdict:
+        """Always."""
         return Verdict(True, "always works")
 
     def prepare(self, tensor: LowBitTensor) -> Stored:
+        """The record itself: nothing is repacked."""
         return Stored([tensor.tensors[name] for name in tensor.layout.fields], tensor.layout.dumps())
 
     def linear(self, x: Tensor, prepared: Stored) -> Tensor:
+        """``hf_lowbit::linear``."""
         return ops.OPS.linear(x, prepared.tensors, prepared.layout)
 
     def embedding(self, ids: Tensor, prepared: Stored, dtype: torch.dtype) -> Tensor:
+        """``hf_lowbit::embedding``."""
         return ops.OPS.embedding(ids, prepared.tensors, prepared.layout, dtype)
 
 

@@ -37,9 +37,7 @@ class Divergence:
     tokens: int
 
 
-def divergence(
-    model: Any, reference: Any, ids: Tensor, window: int = 512, progress: Progress | None = None
-) -> Divergence:
+def divergence(model: Any, reference: Any, ids: Tensor, window: int = 512, progress: Progress | None = None) -> Divergence:
     """Run both models over the same windows, one batch at a time; no logits are kept.
 
     Raises:

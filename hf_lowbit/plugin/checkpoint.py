@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from hf_lowbit.errors import BadRequest, FormatError, LowBitError
 from hf_lowbit.format.serialize import Record, read_record, sort_header
@@ -29,7 +28,7 @@ def show_progress(on: bool) -> None:
     (logging.enable_progress_bar if on else logging.disable_progress_bar)()
 
 
-def load_model(source: str, dtype: str = "auto", device: str = "cpu", config: LowBitConfig | None = None) -> nn.Module:
+def load_model(source: str, dtype: str = "auto", device: str = "cpu", config: LowBitConfig | None = None) -> Any:
     """A causal LM in eval mode from a directory or Hub id, quantized on the way if ``config`` is given.
 
     Raises:
@@ -201,7 +200,7 @@ def read_contents(directory: str | Path) -> Contents:
         total += file.stat().st_size
         headers += 8 + int.from_bytes(file.open("rb").read(8), "little")
         with safe_open(str(file), framework="pt") as handle:
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118 - a file handle, not a dict
                 if name not in packed:
                     tensor = handle.get_tensor(name)
                     dense[name] = tensor.numel() * tensor.element_size()
@@ -259,7 +258,7 @@ def check_fits(model: Any, ids: torch.Tensor, window: int) -> None:
         )
     places = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(places, int) and 0 < places < window:
-        raise BadRequest(f"a window of {window} tokens was asked for, the model takes up to {places}. Use --window {places}.")
+        raise BadRequest(f"a window of {window} tokens was asked for, the model takes {places}. Use --window {places}.")
 
 
 def tokenize(tokenizer: Any, text: str) -> torch.Tensor:

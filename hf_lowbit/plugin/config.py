@@ -54,7 +54,7 @@ class LowBitConfig(QuantizationConfigMixin):
     def __init__(
         self,
         method: str = "codebook",
-        bits: int = 4,
+        bits: float = 4,
         group_size: int = 32,
         levels: str | None = None,
         scale_bits: int = 6,

@@ -7,6 +7,8 @@ transient memory is one expert instead of the layer.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,10 @@ _CLASSES: dict[type, type] = {}
 
 class LowBitExperts(LowBitModule):
     """Mixed into the class of a host's experts module by :func:`to_low_bit`."""
+
+    act_fn: Any
+    post_expert_norm: Any
+    _apply_gate: Any
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route tokens ``[tokens, hidden]`` to their experts and sum the weighted outputs.
@@ -67,7 +73,7 @@ def stacks_of(module: nn.Module) -> list[str]:
     return [name for name in STACKS if getattr(module._parameters.get(name), "ndim", 0) == 3]
 
 
-def to_low_bit(module: nn.Module) -> LowBitExperts:
+def to_low_bit(module: Any) -> LowBitExperts:
     """Give an experts module the low-bit forward, in place; its stacks are replaced one by one by ``install``."""
     host = type(module)
     if host not in _CLASSES:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
-from hf_lowbit.errors import BadRequest, FallbackError
+from hf_lowbit.errors import BadRequest
 from hf_lowbit.format.ledger import ledger
 from hf_lowbit.plugin.targets import ends_of, low_bit_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Explanation:
 
     def __str__(self) -> str:
         width = max([len(line.name) for line in self.tensors] + [len(name) for name in self.kept] + [10])
-        lines = [f"{'matrix':{width}}  {'shape':>16}  {'levels':24} {'bits':>4} {'group':>5} {'bpw':>6} {'bytes':>11}  backend"]
+        lines = [
+            f"{'matrix':{width}}  {'shape':>16}  {'levels':24} {'bits':>4} {'group':>5} {'bpw':>6} {'bytes':>11}  backend"
+        ]
         for line in self.tensors:
             shape = "x".join(map(str, line.shape))
             lines.append(
@@ -61,7 +65,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(model: nn.Module, strict: bool = False) -> Explanation:
+def explain(model: PreTrainedModel, strict: bool = False) -> Explanation:
     """Table of a model quantized with hf-lowbit.
 
     Args:
@@ -101,7 +105,7 @@ def explain(model: nn.Module, strict: bool = False) -> Explanation:
     return Explanation(tensors, kept, total, blocks, 8 * total / weights)
 
 
-def _model_weights(model: nn.Module) -> tuple[int, int]:
+def _model_weights(model: PreTrainedModel) -> tuple[int, int]:
     """Logical weights and stored bytes of the whole model; tied tensors count once."""
     weights = total = 0
     seen: set[int] = set()
@@ -119,7 +123,7 @@ def _model_weights(model: nn.Module) -> tuple[int, int]:
     return weights, total
 
 
-def _parameter(model: nn.Module, name: str) -> torch.Tensor | None:
+def _parameter(model: PreTrainedModel, name: str) -> torch.Tensor | None:
     try:
         return model.get_parameter(name)
     except AttributeError:

@@ -43,11 +43,11 @@ class LowBitModule(nn.Module):
     def lowbit(self, parameter: str = "weight") -> LowBitTensor:
         """The record of a low-bit parameter, sharing this module's buffers."""
         layout = self.layouts[parameter]
-        return LowBitTensor(layout, {s: self._buffers[field_name(parameter, s)] for s in layout.fields})
+        return LowBitTensor(layout, {s: self.get_buffer(field_name(parameter, s)) for s in layout.fields})
 
     def choice(self, parameter: str = "weight", strict: bool = False) -> Choice:
         """The backend for a parameter on its present device, and why."""
-        first = self._buffers[field_name(parameter, "codes")]
+        first = self.get_buffer(field_name(parameter, "codes"))
         return select(self.layouts[parameter], first.device, strict=strict)
 
     def prepared(self, parameter: str = "weight") -> tuple[Any, Any]:
@@ -91,6 +91,7 @@ class LowBitLinear(LowBitModule):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         backend, prepared = self.prepared()
         y = backend.linear(x, prepared)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -101,6 +102,7 @@ class LowBitLinear(LowBitModule):
         return weight.T.contiguous() if self.transposed else weight
 
     def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
@@ -122,6 +124,7 @@ class LowBitEmbedding(LowBitModule):
         self._host = [host]  # without its weight; comes back in dense(), whatever subclass it is
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Token ids of any shape to ``[..., embedding_dim]``."""
         backend, prepared = self.prepared()
         rows = backend.embedding(ids, prepared, self.dtype_like.dtype)
         # The host rounds its constant to the dtype of the table before multiplying; so must we.
@@ -136,6 +139,7 @@ class LowBitEmbedding(LowBitModule):
         return host
 
     def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
@@ -154,11 +158,13 @@ class LowBitTiedHead(nn.Module):
         return self._embedding[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         backend, prepared = self.embedding.prepared()
         y = backend.linear(x, prepared)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, tied"
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.format.serialize import field_name
@@ -14,11 +13,14 @@ from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.quantizer import LowBitQuantizer, quantize_into
 from hf_lowbit.plugin.targets import find_targets, replace_modules
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.no_grad()
 def quantize(
-    model: nn.Module | str | Path, config: LowBitConfig, tokenizer: Any = None, calibration: Any = None
-) -> nn.Module:
+    model: PreTrainedModel | str | Path, config: LowBitConfig, tokenizer: Any = None, calibration: Any = None
+) -> PreTrainedModel:
     """Quantize a Transformers model.
 
     Args:
@@ -35,7 +37,7 @@ def quantize(
     """
     if calibration is not None:
         raise BadRequest("calibration was given, but this release has data-free methods only; leave calibration out.")
-    if not isinstance(model, nn.Module):
+    if isinstance(model, (str, Path)):
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(str(model), quantization_config=config)

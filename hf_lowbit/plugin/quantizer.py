@@ -8,7 +8,7 @@ tensor, then ``_process_model_after_weight_loading``.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from hf_lowbit.plugin.hub import give_card
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
 from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
 from hf_lowbit.solvers import solve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LowBitQuantizer(HfQuantizer):
@@ -45,7 +48,7 @@ class LowBitQuantizer(HfQuantizer):
         if any(str(place).startswith("cuda") for place in places) and not torch.cuda.is_available():
             raise BadRequest("device 'cuda' was asked for, but torch finds no CUDA device here. Use device_map='cpu'.")
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         dtype = model.dtype
         if self.pre_quantized:
             record = read_record(_safetensors(kwargs.get("checkpoint_files")))
@@ -62,11 +65,11 @@ class LowBitQuantizer(HfQuantizer):
             self.targets = find_targets(model, self.quantization_config)
             replace_modules(model, self.targets.chosen, dtype)
 
-    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the loader hands this tensor to our op."""
         return not self.pre_quantized and param_name in self.targets.chosen
 
-    def param_element_size(self, model: nn.Module, param_name: str, param: Tensor) -> float:
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element for device maps; stored scales of the default grouping take a quarter of a bit."""
         if self.param_needs_quantization(model, param_name):
             return (self.targets.spec(param_name, self.quantization_config).bits + 0.25) / 8
@@ -76,7 +79,7 @@ class LowBitQuantizer(HfQuantizer):
         """The op the loader runs on each tensor to quantize."""
         return QuantizeOp(self)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.failure is not None:
             raise self.failure
         for _, module in low_bit_modules(model):
@@ -86,11 +89,11 @@ class LowBitQuantizer(HfQuantizer):
         model._weight_conversions = []
         give_card(model)
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """The header entries of every file ``save_pretrained`` writes."""
         return None, record_of(model, self.targets.kept).to_metadata()
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dequantize_modules(model, dtype or torch.float32)
         return model
 
@@ -122,7 +125,7 @@ class QuantizeOp(ConversionOps):
         self,
         input_dict: dict[str, Any],
         full_layer_name: str = "",
-        model: nn.Module | None = None,
+        model: PreTrainedModel | None = None,
         missing_keys: set[str] | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
@@ -160,7 +163,7 @@ def hold_place(module: nn.Module, parameter: str) -> None:
     The host initialises what a checkpoint lacks by walking all modules, and some families reach into their children by
     name (``mlp.c_proj.weight``); tensors marked as initialised are skipped there.
     """
-    placeholder = torch.empty(0)
+    placeholder: Any = torch.empty(0)
     placeholder._is_hf_initialized = True
     module.__dict__[parameter] = placeholder
 
@@ -183,7 +186,7 @@ def quantize_into(module: LowBitModule, full_name: str, weight: Tensor, spec: Sp
     return dict(tensor.tensors)
 
 
-def record_of(model: nn.Module, kept: dict[str, str]) -> Record:
+def record_of(model: PreTrainedModel, kept: dict[str, str]) -> Record:
     """Header record of a model: layouts and checksums of everything in its state dict."""
     layouts, ends = {}, []
     for name, module in low_bit_modules(model):
@@ -201,7 +204,7 @@ def record_of(model: nn.Module, kept: dict[str, str]) -> Record:
     return Record(layouts, checksums, kept, tuple(ends))
 
 
-def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Replace every low-bit module by the dense one it stood for, and tie what was tied."""
     tied = False
     for name, module in list(model.named_modules()):
@@ -212,7 +215,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
         elif isinstance(module, LowBitLinear):
             model.set_submodule(name, _dense_linear(module, dtype))
         elif isinstance(module, LowBitTiedHead):
-            head = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            head: Any = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             head.bias = module.bias
             model.set_submodule(name, head)
             tied = True
@@ -225,7 +228,7 @@ def dequantize_modules(model: nn.Module, dtype: torch.dtype) -> None:
 def _dense_linear(module: LowBitLinear, dtype: torch.dtype) -> nn.Module:
     weight = nn.Parameter(module.dense(dtype), requires_grad=False)
     with torch.device("meta"):
-        new = Conv1D(module.out_features, module.in_features) if module.transposed else None
+        new: Any = Conv1D(module.out_features, module.in_features) if module.transposed else None
         new = new or nn.Linear(module.in_features, module.out_features, module.bias is not None)
     new.weight, new.bias = weight, module.bias
     return new
@@ -238,7 +241,7 @@ def _safetensors(files: Any) -> list[str]:
     return found
 
 
-def _by_model_name(model: nn.Module, layouts: dict[str, Layout]) -> dict[str, Layout]:
+def _by_model_name(model: PreTrainedModel, layouts: dict[str, Layout]) -> dict[str, Layout]:
     """Layouts under this model's names: a base model loads its head's checkpoint without the prefix, and vice versa."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     out = {}
@@ -252,7 +255,7 @@ def _by_model_name(model: nn.Module, layouts: dict[str, Layout]) -> dict[str, La
     return out
 
 
-def _has_parameter(model: nn.Module, full: str) -> bool:
+def _has_parameter(model: PreTrainedModel, full: str) -> bool:
     try:
         model.get_parameter(full)
     except AttributeError:
@@ -260,7 +263,7 @@ def _has_parameter(model: nn.Module, full: str) -> bool:
     return True
 
 
-def _check_shapes(model: nn.Module, layouts: dict[str, Layout]) -> None:
+def _check_shapes(model: PreTrainedModel, layouts: dict[str, Layout]) -> None:
     for full, layout in layouts.items():
         module = model.get_submodule(full.rpartition(".")[0])
         shape = list(model.get_parameter(full).shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,9 @@ from hf_lowbit.format.spec import Spec
 from hf_lowbit.plugin.config import LowBitConfig, matches
 from hf_lowbit.plugin.experts import is_experts, stacks_of, to_low_bit
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Kind = Literal["linear", "embedding", "head", "experts"]
 # Smaller matrices left in high precision do not make `strict` fail.
@@ -35,7 +38,7 @@ class Targets:
         return config.spec(place_of(full), embedding=self.chosen[full] in ("embedding", "head"))
 
 
-def find_targets(model: nn.Module, config: LowBitConfig) -> Targets:
+def find_targets(model: PreTrainedModel, config: LowBitConfig) -> Targets:
     """Walk a model (on any device, meta included) and decide for every parameter of two or more axes.
 
     Raises:
@@ -78,7 +81,7 @@ def place_of(full: str) -> str:
     return full.removesuffix(".weight")
 
 
-def ends_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+def ends_of(model: PreTrainedModel) -> tuple[nn.Module | None, nn.Module | None]:
     """The input embedding and output head, where the model has them."""
     found = []
     for getter in ("get_input_embeddings", "get_output_embeddings"):
@@ -89,7 +92,7 @@ def ends_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     return found[0], found[1]
 
 
-def tied_head(model: nn.Module) -> tuple[str, str] | None:
+def tied_head(model: PreTrainedModel) -> tuple[str, str] | None:
     """Parameter names ``(head, embedding)`` if the head shares the input embedding's table."""
     table, head = ends_of(model)
     if table is None or head is None or table is head:
@@ -100,14 +103,14 @@ def tied_head(model: nn.Module) -> tuple[str, str] | None:
     return pair if ties.get(pair[0]) == pair[1] or ties.get(pair[1]) == pair[0] else None
 
 
-def _shared_beyond_head(model: nn.Module, table: str) -> bool:
+def _shared_beyond_head(model: PreTrainedModel, table: str) -> bool:
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     partners = {a if b == table else b for a, b in ties.items() if table in (a, b)}
     pair = tied_head(model)
     return bool(partners - {pair[0] if pair else None})
 
 
-def _kind(module: nn.Module, parameter: str, is_table: bool) -> Kind | None:
+def _kind(module: Any, parameter: str, is_table: bool) -> Kind | None:
     if parameter == "weight" and type(module) in (nn.Linear, Conv1D):
         return "linear" if min(module.weight.shape) >= FEWEST else None
     if parameter == "weight" and is_table and isinstance(module, nn.Embedding) and module.max_norm is None:
@@ -135,7 +138,7 @@ def _small_part(module: nn.Module, tensor: torch.Tensor) -> bool:
     return isinstance(module, nn.Embedding) or "router" in type(module).__name__.lower() or tensor.ndim == 4
 
 
-def _check_patterns(model: nn.Module, config: LowBitConfig) -> None:
+def _check_patterns(model: PreTrainedModel, config: LowBitConfig) -> None:
     names = [place_of(name) for name, tensor in model.named_parameters(remove_duplicate=False) if tensor.ndim > 1]
     for pattern in [*config.overrides, *config.modules_to_not_convert]:
         if not any(matches(name, pattern) for name in names):
@@ -143,7 +146,7 @@ def _check_patterns(model: nn.Module, config: LowBitConfig) -> None:
             raise BadRequest(unknown_name("module", pattern, parts))
 
 
-def replace_modules(model: nn.Module, chosen: Iterable[str], dtype: torch.dtype) -> None:
+def replace_modules(model: PreTrainedModel, chosen: Iterable[str], dtype: torch.dtype) -> None:
     """Put low-bit modules in the place of dense ones, still without low-bit tensors.
 
     Linear and embedding modules keep their meta ``weight`` parameter until :meth:`LowBitModule.install`, biases stay the
@@ -162,7 +165,7 @@ def replace_modules(model: nn.Module, chosen: Iterable[str], dtype: torch.dtype)
             model.set_submodule(name, _linear_like(module))
 
 
-def _linear_like(module: nn.Module) -> LowBitLinear:
+def _linear_like(module: Any) -> LowBitLinear:
     weight = module.weight
     transposed = isinstance(module, Conv1D)
     out_features, in_features = weight.shape[::-1] if transposed else weight.shape
@@ -174,7 +177,7 @@ def _linear_like(module: nn.Module) -> LowBitLinear:
     return new
 
 
-def _replace_embedding(model: nn.Module, name: str, module: nn.Embedding, dtype: torch.dtype) -> None:
+def _replace_embedding(model: PreTrainedModel, name: str, module: Any, dtype: torch.dtype) -> None:
     pair = tied_head(model)
     weight = module.weight
     new = LowBitEmbedding(module, dtype)
@@ -188,7 +191,7 @@ def _replace_embedding(model: nn.Module, name: str, module: nn.Embedding, dtype:
         untie_record(model, pair)
 
 
-def untie_record(model: nn.Module, pair: tuple[str, str]) -> None:
+def untie_record(model: PreTrainedModel, pair: tuple[str, str]) -> None:
     """Take a pair off the host's lists of tied parameters: the tied head now holds its embedding itself.
 
     The config keeps ``tie_word_embeddings``; :func:`retie_record` brings the lists back.
@@ -201,14 +204,14 @@ def _without(ties: dict[str, str], pair: tuple[str, str]) -> dict[str, str]:
     return {target: source for target, source in ties.items() if {target, source} != set(pair)}
 
 
-def retie_record(model: nn.Module) -> None:
+def retie_record(model: PreTrainedModel) -> None:
     """Undo :func:`untie_record` once the dense modules are back, and tie them."""
     model.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
 
 
-def low_bit_modules(model: nn.Module) -> Iterator[tuple[str, LowBitModule]]:
+def low_bit_modules(model: PreTrainedModel) -> Iterator[tuple[str, LowBitModule]]:
     """All modules that own low-bit parameters."""
     for name, module in model.named_modules():
         if isinstance(module, LowBitModule) and getattr(module, "layouts", None):

@@ -118,7 +118,7 @@ def store_scales(
         kept = round_f16(scale)
         return kept, {"scale": to_f16_bits(scale.squeeze(-1))}
     nearest, limit = Nearest(table), code_limit(scale_bits)
-    rows, groups = scale.shape[:2]
+    groups = scale.shape[1]
     smallest = fit_super(scale.squeeze(-1), group_size, scale_bits)
     best_error = best_codes = best_super = None
     for shrink in SUPER_RATIOS:
