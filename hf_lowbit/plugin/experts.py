@@ -48,7 +48,7 @@ class LowBitExperts(LowBitModule):
         inner = self._stack_linear(x, first, expert)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         y = self._stack_linear(inner, "down_proj", expert)
-        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+        return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _stack_linear(self, x: Tensor, parameter: str, expert: int) -> Tensor:
         choice = self.choice(parameter)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import families
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from hf_lowbit import LowBitConfig, explain, quantize
-
-_spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
 
 IDS = (torch.arange(24).view(2, 12) * 7) % 240 + 3
 CONFIG = {"method": "rtn", "bits": 8}
@@ -55,7 +49,7 @@ def test_quantizing_in_memory_gives_the_same_model(road):
 
 @torch.no_grad()
 def test_dequantize_leaves_a_plain_model(road, tmp_path):
-    name, dense, low, saved = road
+    _, dense, low, saved = road
     plain = AutoModelForCausalLM.from_pretrained(saved).eval().dequantize(torch.float32)
     assert not hasattr(plain.config, "quantization_config")
     assert [n for n, _ in plain.named_modules()] == [n for n, _ in dense.named_modules()]

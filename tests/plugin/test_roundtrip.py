@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,10 +15,6 @@ from transformers import AutoModelForCausalLM
 from hf_lowbit import LowBitConfig
 from hf_lowbit.plugin.checkpoint import quantize_checkpoint
 from hf_lowbit.solvers import SOLVERS
-
-_spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
 
 IDS = (torch.arange(16).view(2, 8) * 11) % 240 + 3
 MODELS = ("llama", "llama-tied-172", "mixtral", "qwen3-moe-tied")
