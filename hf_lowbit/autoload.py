@@ -17,19 +17,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# The second is for processes where `transformers.quantizers` is half imported when torch first loads.
-TARGETS = ("transformers.quantizers", "transformers.modeling_utils")
+TARGET = "transformers.quantizers"
 PLUGIN = "hf_lowbit.plugin"
 
 
 class _After(importlib.abc.MetaPathFinder):
-    """Runs :func:`_register` after one of ``TARGETS`` was executed; finds nothing itself."""
+    """Runs :func:`_register` after ``TARGET`` was executed; finds nothing itself."""
 
     def __init__(self) -> None:
         self.busy = False
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if self.busy or name not in TARGETS:
+        if self.busy or name != TARGET:
             return None
         self.busy = True
         try:
@@ -48,16 +47,33 @@ class _After(importlib.abc.MetaPathFinder):
         return spec
 
 
+class _Unfinished(ModuleSpec):
+    """Class of the spec of a module that is being imported: runs :func:`_register` when the import ends.
+
+    Where ``import transformers.quantizers`` is what first imports torch, its finder was asked before ours was there, and
+    the only sign that it is complete is the mark the import machinery takes off its spec.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            _register()
+
+
 def autoload() -> None:
     """Register now if Transformers' quantizers are there already, else as soon as they are."""
     if not any(isinstance(finder, _After) for finder in sys.meta_path):
         sys.meta_path.insert(0, _After())
-    _register()
+    spec = getattr(sys.modules.get(TARGET), "__spec__", None)
+    if not getattr(spec, "_initializing", False):
+        _register()
+    elif type(spec) is ModuleSpec:
+        spec.__class__ = _Unfinished
 
 
 def _register() -> None:
-    # The module exists from the moment its import begins; the decorator only once there is something to register with.
-    if PLUGIN in sys.modules or not hasattr(sys.modules.get(TARGETS[0]), "register_quantizer"):
+    if PLUGIN in sys.modules or TARGET not in sys.modules:
         return
     try:
         importlib.import_module(PLUGIN)

@@ -78,7 +78,7 @@ class Record:
         if str(zlib.crc32(text.encode())) != (metadata or {}).get(RECORD_CRC_KEY):
             raise FormatError(f"{where}: the {RECORD_KEY!r} record in the header is damaged (checksum). Fetch it again.")
         values = json.loads(text)
-        check_version(values.get("format_version"), where)
+        check_version(values.get("format_version") if isinstance(values, dict) else None, where)
         try:
             layouts = {name: Layout.from_json(entry) for name, entry in values["tensors"].items()}
             return cls(layouts, values["crc32"], values["kept"], tuple(values["ends"]))

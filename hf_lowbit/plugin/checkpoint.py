@@ -117,7 +117,10 @@ def quantize_checkpoint(source: str, destination: str | Path, config: LowBitConf
             tokenizer = load_tokenizer(source)
         except BadRequest:
             return report  # weights without a tokenizer are a checkpoint all the same
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library raises bare ones
+            raise OSError(error) from error
     return report
 
 

@@ -59,6 +59,11 @@ class LowBitQuantizer(HfQuantizer):
             for full, layout in layouts.items():
                 name, _, parameter = full.rpartition(".")
                 module = model.get_submodule(name)
+                if not isinstance(module, LowBitModule):
+                    raise FormatError(
+                        f"config.json ties {full!r} to the input embedding, the file holds it apart. "
+                        "Config and weights are not of one checkpoint."
+                    )
                 module.install(parameter, layout)
                 hold_place(module, parameter)
         else:

@@ -21,7 +21,8 @@ from hf_lowbit.format.scales import (
     to_f16_bits,
 )
 
-COARSE = tuple(0.35 + 0.07 * k for k in range(11))
+# Holds 1: a search is then never worse than the plain largest-magnitude scale, up to the bins of its look-up.
+COARSE = tuple(0.37 + 0.07 * k for k in range(11))
 FINE = (-0.035, -0.0175, 0.0175, 0.035)
 # Ratios of the smallest super-scale that are tried: a smaller one clips the largest scale and codes the others finer.
 SUPER_RATIOS = (1.0, 0.94, 0.97)
