@@ -180,6 +180,8 @@ class Layout:
             layout = cls(shape=tuple(values.pop("shape")), stages=stages, **values)
             if len(layout.shape) not in (2, 3) or min(layout.shape) < 1 or not stages:
                 raise FormatError(f"impossible shape {layout.shape} or no stage")
+            if any(layout.rows % stage.tables for stage in stages if not stage.table_ids):
+                raise FormatError(f"{layout.rows} rows do not divide among the level tables")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"unreadable layout {str(values)[:200]}: {error}") from error
         return layout
