@@ -202,7 +202,8 @@ def test_a_checkpoint_without_a_tokenizer_is_quantized_all_the_same(tmp_path):
     assert not list((tmp_path / "out").glob("tokenizer*"))
 
 
-def test_doctor_says_what_is_here():
+def test_doctor_says_what_is_here(monkeypatch):
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
     report = one_object(in_process("doctor", "--json"))
     assert report["versions"]["hf-lowbit"] == hf_lowbit.__version__
     assert report["registration"]["transformers"] == "registered"
@@ -213,6 +214,10 @@ def test_doctor_says_what_is_here():
     for section, lines in report.items():
         assert section in out
         assert all(name in out for name in lines)
+    for value in ("0", "false"):  # torch calls no entry point for anything but 1
+        monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", value)
+        found = one_object(in_process("doctor", "--json"))["registration"]["found without import"]
+        assert found == f"off: TORCH_DEVICE_BACKEND_AUTOLOAD={value}"
 
 
 def test_demo_reloads_what_it_kept(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ def examine() -> dict[str, dict[str, Any]]:
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
     found = any(point.value.startswith("hf_lowbit.") for point in entry_points(group="torch.backends"))
-    switched_off = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0"
+    switch = os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     return {
         "versions": {name: _version(name) for name in ("hf-lowbit", "torch", "transformers", "accelerate", "lm_eval")}
         | {"python": sys.version.split()[0], "format": FORMAT_VERSION},
@@ -33,8 +33,8 @@ def examine() -> dict[str, dict[str, Any]]:
         },
         "registration": {
             "transformers": "registered" if QUANT_METHOD in AUTO_QUANTIZER_MAPPING else "NOT registered",
-            "found without import": "off: TORCH_DEVICE_BACKEND_AUTOLOAD=0"
-            if switched_off
+            "found without import": f"off: TORCH_DEVICE_BACKEND_AUTOLOAD={switch}"
+            if switch != "1"
             else "yes"
             if found
             else "no: not installed with pip, so say `import hf_lowbit` first",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 CARD = """\
 # {name}
 
-Quantized with [hf-lowbit](https://pypi.org/project/hf-lowbit/): method `{method}`, {bits} bits, groups of {group_size}.
+Quantized with hf-lowbit: method `{method}`, {bits} bits, groups of {group_size}.
 
 | | |
 |---|---|

@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, _IdentityOp
 from transformers.pytorch_utils import Conv1D
@@ -51,7 +52,8 @@ class LowBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         dtype = model.dtype
         if self.pre_quantized:
-            record = read_record(_safetensors(kwargs.get("checkpoint_files")))
+            files = _safetensors(kwargs.get("checkpoint_files"))
+            record = read_record(files)
             layouts = _by_model_name(model, record.layouts)
             self.targets = Targets(kept=record.kept)
             _check_shapes(model, layouts)
@@ -66,6 +68,7 @@ class LowBitQuantizer(HfQuantizer):
                     )
                 module.install(parameter, layout)
                 hold_place(module, parameter)
+            _check_complete(model, files)
         else:
             self.targets = find_targets(model, self.quantization_config)
             replace_modules(model, self.targets.chosen, dtype)
@@ -87,12 +90,30 @@ class LowBitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.failure is not None:
             raise self.failure
+        self._keep_what_is_new(model)
         for _, module in low_bit_modules(model):
             for parameter in module.layouts:
                 module.__dict__.pop(parameter, None)
         # Saved names are module names: the host's renamings on save would miss the header's record.
         model._weight_conversions = []
         give_card(model)
+
+    def _keep_what_is_new(self, model: PreTrainedModel) -> None:
+        """Give back their dense modules to matrices the checkpoint does not hold: a new head, never a part of the model."""
+        for full in [full for full in self.targets.chosen if _has_parameter(model, full)]:
+            if _is_whole(model):
+                raise FormatError(
+                    f"the files lack {full!r}, which config.json asks for. "
+                    "Config and weights are not of one checkpoint, or a file is missing."
+                )
+            name = full.rpartition(".")[0]
+            module = model.get_submodule(name)
+            if isinstance(module, LowBitLinear):
+                dense: Any = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+                dense.weight, dense.bias = module.weight, module.bias
+                model.set_submodule(name, dense)
+            del self.targets.chosen[full]
+            self.targets.kept[full] = "new: the checkpoint it was loaded from does not hold it"
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """The header entries of every file ``save_pretrained`` writes."""
@@ -266,6 +287,29 @@ def _has_parameter(model: PreTrainedModel, full: str) -> bool:
     except AttributeError:
         return False
     return True
+
+
+def _is_whole(model: PreTrainedModel) -> bool:
+    """Whether the checkpoint is one of this very class, so that nothing of the model may be new."""
+    return type(model).__name__ in (model.config.architectures or [])
+
+
+def _check_complete(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse files that lack what config.json asks for: the host would go on with random numbers and a warning."""
+    if not _is_whole(model):
+        return
+    held: set[str] = set()
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            held |= set(handle.keys())
+    free = [*(model._keys_to_ignore_on_load_missing or [])]
+    ties = model.all_tied_weights_keys
+    lacking = [n for n in model.state_dict() if n not in held and n not in ties and not any(re.search(p, n) for p in free)]
+    if lacking:
+        raise FormatError(
+            f"the files lack {lacking[0]!r} ({len(lacking)} missing in all), which config.json asks for. "
+            "Config and weights are not of one checkpoint, or a file is missing."
+        )
 
 
 def _check_shapes(model: PreTrainedModel, layouts: dict[str, Layout]) -> None:

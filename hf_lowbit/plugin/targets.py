@@ -48,14 +48,15 @@ def find_targets(model: PreTrainedModel, config: LowBitConfig) -> Targets:
     _check_patterns(model, config)
     out, unasked = Targets(), []
     ends = ends_of(model)
-    tied = tied_head(model) is not None
+    tied = tied_head(model)
     for name, module in model.named_modules():
         for parameter, tensor in module._parameters.items():
             if tensor is None or tensor.ndim < 2 or parameter.endswith("bias"):
                 continue
             full = f"{name}.{parameter}" if name else parameter
             kind = _kind(module, parameter, module is ends[0])
-            asked = [p for p in config.modules_to_not_convert if matches(place_of(full), p)]
+            places = [place_of(name) for name in (tied if tied and full in tied else [full])]  # tied: one table, two names
+            asked = [p for p in config.modules_to_not_convert if any(matches(place, p) for place in places)]
             if asked:
                 out.kept[full] = f"modules_to_not_convert names {asked[0]!r}"
             elif module in ends and not config.quantize_embeddings:
@@ -72,7 +73,10 @@ def find_targets(model: PreTrainedModel, config: LowBitConfig) -> Targets:
                     unasked.append(full)
     if config.strict and unasked:
         reasons = "; ".join(f"{name}: {out.kept[name]}" for name in unasked[:5])
-        raise FallbackError(f"strict: {len(unasked)} matrices would stay in high precision ({reasons}).")
+        raise FallbackError(
+            f"strict: {len(unasked)} matrices would stay in high precision ({reasons}). "
+            "Name them in modules_to_not_convert (--skip), or leave strict out."
+        )
     return out
 
 

@@ -77,6 +77,6 @@ def get_solver(spec: Spec) -> Solver:
             f"Data-free methods: {', '.join(sorted(SOLVERS))}."
         )
     if spec.method not in SOLVERS:
-        raise BadRequest(unknown_name("method", spec.method, [*SOLVERS, *CALIBRATED]))
+        raise BadRequest(unknown_name("method", spec.method, SOLVERS))
     SOLVERS[spec.method].check(spec)
     return SOLVERS[spec.method]

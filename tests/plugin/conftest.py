@@ -24,4 +24,5 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment for a child process that must not reach the network nor the user's caches."""
     home = str(tmp_path_factory.mktemp("hf_home"))
-    return {**os.environ, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}
+    found = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
+    return {**found, "HF_HOME": home, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1"}

@@ -52,7 +52,7 @@ PUSHES = [
 
 def run_client(script: str, hub, home: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "anything", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1"}
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))}
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],

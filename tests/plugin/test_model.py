@@ -151,6 +151,13 @@ def test_an_unknown_large_module_is_kept_said_and_refused_when_strict():
     assert "whose forward is not known" in explain(low).kept["model.layers.0.mlp.up_proj.weight"][1]
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_either_name_of_a_tied_table_keeps_it(name):
+    low = quantize(families.make_model("llama-tied-172"), LowBitConfig(modules_to_not_convert=[name]))
+    assert low.lm_head.weight is low.model.embed_tokens.weight
+    assert explain(low).kept["model.embed_tokens.weight"][1] == f"modules_to_not_convert names {name!r}"
+
+
 def test_quantizing_twice_and_explaining_a_dense_model_are_refused(model):
     with pytest.raises(BadRequest, match="quantized already"):
         quantize(model, LowBitConfig())
