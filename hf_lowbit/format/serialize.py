@@ -176,6 +176,12 @@ def sort_header(path: str | Path) -> None:
             file.write(text.ljust(size))
 
 
+def sort_headers(folder: str | Path) -> None:
+    """:func:`sort_header` of every safetensors file in a folder."""
+    for file in Path(folder).glob("*.safetensors"):
+        sort_header(file)
+
+
 def load_tensors(path: str | Path) -> dict[str, LowBitTensor]:
     """Read every low-bit tensor of a safetensors file, with checksums verified.
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_lowbit.errors import BadRequest, FormatError, LowBitError
-from hf_lowbit.format.serialize import Record, read_record, sort_header
+from hf_lowbit.format.serialize import Record, read_record, sort_headers
 from hf_lowbit.measure.perplexity import vocabulary_of
 from hf_lowbit.plugin.config import QUANT_METHOD, LowBitConfig
 from hf_lowbit.plugin.explain import Explanation, explain
@@ -111,8 +111,7 @@ def quantize_checkpoint(source: str, destination: str | Path, config: LowBitConf
         model = load_model(source, device=device, config=config)
         report = explain(model)
         model.save_pretrained(folder)
-        for file in folder.glob("*.safetensors"):
-            sort_header(file)
+        sort_headers(folder)
         try:
             tokenizer = load_tokenizer(source)
         except BadRequest:

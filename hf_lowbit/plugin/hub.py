@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_lowbit.format.serialize import sort_header
+from hf_lowbit.format.serialize import sort_headers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,8 +101,7 @@ def push_to_hub(
     card.data.tags = [*known, *(tag for tag in [*(model.model_tags or []), *(tags or [])] if tag not in known)]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        for file in Path(folder).glob("*.safetensors"):
-            sort_header(file)  # the same model is the same bytes, which the Hub then does not take again
+        sort_headers(folder)  # the same model is the same bytes, which the Hub then does not take again
         card.save(str(Path(folder) / "README.md"))
         files = {file.name: str(file) for file in sorted(Path(folder).iterdir())}
         stored = api.list_repo_files(repo_id, revision=revision)
