@@ -1,10 +1,11 @@
-"""Quality of every data-free method on one small model: bits per weight, perplexity, KL and top-1 agreement.
+"""Quality of every method on one small model: bits per weight, perplexity, KL and top-1 agreement.
 
-    python eval/quality.py [--model DIR] [--text FILE] [--characters 130000] [--name quality]
+    python eval/quality.py [--recipes data-free|calibrated|ablation] [--model DIR] [--text FILE] [--characters 130000]
+                           [--calibration FILE] [--only WORDS] [--name NAME]
 
 Protocol: fp32, non-overlapping windows of 512 tokens; only the matrices inside blocks are quantized, embedding and head
-stay as they are; bits per weight are stored bytes of those matrices, all metadata counted. Without arguments it runs on
-the model and text embedded in the package.
+stay as they are; bits per weight are stored bytes of those matrices, all metadata counted. Calibrated methods see 128
+windows of the calibration file. Without arguments it runs on the model and texts embedded in the package.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from results_file import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowbit import LowBitConfig, explain, quantize
-from hf_lowbit.demo import embedded_model, held_out_text
+from hf_lowbit.demo import calibration_text, embedded_model, held_out_text
 from hf_lowbit.measure import divergence, perplexity
+from hf_lowbit.solvers import SOLVERS
 
 CLASSIC = {"group_size": 64, "scale_bits": 16}
-RECIPES: list[tuple[str, dict]] = [
+DATA_FREE: list[tuple[str, dict]] = [
     *[(f"rtn {b} bits, g64, 16-bit scales", {"method": "rtn", "bits": b} | CLASSIC) for b in (4, 3, 2)],
     *[(f"halfquad {b} bits, g64, 16-bit scales", {"method": "halfquad", "bits": b} | CLASSIC) for b in (4, 3, 2)],
     *[(f"{m} {b} bits", {"method": m, "bits": b}) for b in (4, 3, 2) for m in ("rtn", "search", "nf", "powerquant")],
@@ -32,13 +34,53 @@ RECIPES: list[tuple[str, dict]] = [
     *[(f"codebook {b} bits, g16", {"bits": b, "group_size": 16}) for b in (4, 3, 2)],
     ("codebook 3 bits, 0.5 % outliers", {"bits": 3, "outliers": 0.005}),
 ]
+PLAIN_GPTQ = {"method": "gptq", "levels": "affine", "options": {"target": "own", "sweeps": 0}} | CLASSIC
+CALIBRATED: list[tuple[str, dict]] = [
+    *[(f"plain GPTQ {b} bits, asymmetric, g64", {"bits": b} | PLAIN_GPTQ) for b in (4, 3, 2)],
+    *[(f"gptq {b} bits", {"method": "gptq", "bits": b}) for b in (4, 3, 2)],
+    *[(f"gptq {b} bits, power_zero_free", {"method": "gptq", "bits": b, "levels": "power_zero_free"}) for b in (4, 3, 2)],
+    *[(f"squeezellm {b} bits, g32", {"method": "squeezellm", "bits": b}) for b in (4, 3, 2)],
+    ("squeezellm 3 bits, table per row", {"method": "squeezellm", "bits": 3, "group_size": -1}),
+    ("squeezellm 3 bits, g32, 0.45 % outliers", {"method": "squeezellm", "bits": 3, "outliers": 0.0045}),
+    *[(f"nupes {b} bits", {"method": "nupes", "bits": b, "levels": "power_zero_free"}) for b in (4, 3, 2)],
+    *[(f"jlcm {b} bits", {"method": "jlcm", "bits": b}) for b in (4, 3, 2)],
+    *[(f"signround {b} bits", {"method": "signround", "bits": b}) for b in (3, 2)],
+    *[(f"gumbel {b} bits", {"method": "gumbel", "bits": b}) for b in (4, 3, 2)],
+]
+
+
+def _changed(method: str, **options: object) -> dict:
+    return {"method": method, "bits": 2, "options": options}
+
+
+ABLATION: list[tuple[str, dict]] = [
+    ("gptq 2 bits, defaults", _changed("gptq")),
+    ("gptq 2 bits, target=own", _changed("gptq", target="own")),
+    ("gptq 2 bits, sweeps=0", _changed("gptq", sweeps=0)),
+    ("gptq 2 bits, sweeps=1", _changed("gptq", sweeps=1)),
+    ("gptq 2 bits, sweeps=8", _changed("gptq", sweeps=8)),
+    ("gptq 2 bits, order=given", _changed("gptq", order="given")),
+    ("gptq 2 bits, damping=0.001", _changed("gptq", damping=0.001)),
+    ("gptq 2 bits, damping=0.1", _changed("gptq", damping=0.1)),
+    ("gptq 2 bits, uniform levels", _changed("gptq") | {"levels": "uniform_zero_free"}),
+    ("gptq 2 bits, power levels", _changed("gptq") | {"levels": "power_zero_free"}),
+    ("gptq 2 bits, 16-bit scales, g64", _changed("gptq") | CLASSIC),
+    ("gptq 2 bits, 32 windows", _changed("gptq") | {"sequences": 32}),
+    ("gptq 2 bits, 512 windows", _changed("gptq") | {"sequences": 512}),
+    ("gptq 2 bits, another seed of windows", _changed("gptq") | {"seed": 1}),
+]
+RECIPES = {"data-free": DATA_FREE, "calibrated": CALIBRATED, "ablation": ABLATION}
 # What the input table and tied head cost alone, everything else in high precision.
 TABLES: list[tuple[str, int]] = [(f"embedding and head alone, {b} bits", b) for b in (4, 5, 6, 8)]
 
 
-def measure(model_dir: str, settings: dict, reference, ids: torch.Tensor) -> dict:
+def measure(model_dir: str, settings: dict, reference, ids: torch.Tensor, calibration: str) -> dict:
     """One row of the table."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    settings = dict(settings)
+    sequences = settings.pop("sequences", 128)
+    if not SOLVERS[settings.get("method", "codebook")].optional or settings.get("method") == "nupes":
+        settings["calibration"] = {"source": calibration, "sequences": sequences}
     begun = time.perf_counter()
     quantize(model, LowBitConfig(**settings))
     seconds = time.perf_counter() - begun
@@ -58,6 +100,9 @@ def main() -> None:
     parser.add_argument("--model", default=str(embedded_model()))
     parser.add_argument("--text", default=str(held_out_text()))
     parser.add_argument("--characters", type=int, default=130_000)
+    parser.add_argument("--recipes", choices=RECIPES, default="data-free")
+    parser.add_argument("--calibration", default=str(calibration_text()))
+    parser.add_argument("--only", default="", help="recipes whose label starts with one of these words, comma-separated")
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -67,20 +112,23 @@ def main() -> None:
     plain = perplexity(reference, ids)
     rows = {"original": {"perplexity": round(plain.perplexity, 4), "tokens": plain.tokens}}
     print(f"{'original':40} {'':>7} ppl {plain.perplexity:9.3f}  over {plain.tokens} tokens", flush=True)
-    jobs = [(label, settings | {"quantize_embeddings": False}) for label, settings in RECIPES]
+    jobs = [(label, settings | {"quantize_embeddings": False}) for label, settings in RECIPES[args.recipes]]
     blocks = ["self_attn", "mlp"]
     jobs += [
         (label, {"bits": b, "overrides": {"embed_tokens": {"bits": b}}, "modules_to_not_convert": blocks})
-        for label, b in TABLES
+        for label, b in (TABLES if args.recipes == "data-free" else [])
     ]
     for label, settings in jobs:
-        row = rows[label] = measure(args.model, settings, reference, ids)
+        if not label.startswith(tuple(args.only.split(","))):
+            continue
+        row = rows[label] = measure(args.model, settings, reference, ids, args.calibration)
         print(
             f"{label:40} {row['bits_per_weight']:7.3f} ppl {row['perplexity']:9.3f}  KL {row['kl']:.5f}  "
             f"top-1 {row['top1_agreement']:.4f}  {row['quantize_seconds']:.1f} s",
             flush=True,
         )
-    print("written to", write(args.name, rows, {"model": Path(args.model).name, "text": Path(args.text).name}))
+    sources = {"model": Path(args.model).name, "text": Path(args.text).name, "calibration": Path(args.calibration).name}
+    print("written to", write(args.name, rows, sources))
 
 
 if __name__ == "__main__":

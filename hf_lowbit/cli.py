@@ -27,8 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 2)
     except LowBitError as error:
         return _fail(error, 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left behind.", 130)
+    except KeyboardInterrupt as interruption:
+        return _fail(str(interruption) or "interrupted; nothing was left behind.", 130)
     except BrokenPipeError:  # the reader of our output closed it, as `head` does
         sys.stderr.close()
         return 1
@@ -61,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("source", metavar="SRC", help="directory or Hub id of the model")
     quantize.add_argument("destination", metavar="DST", help="directory to write; must not hold anything yet")
     _add_method_options(quantize)
+    quantize.add_argument("--restart", action="store_true", help="throw away what a killed run finished")
+
+    plan = _command(commands, "plan", run_plan, "say what quantizing would need: peak memory, time, final size")
+    plan.add_argument("source", metavar="SRC", help="directory or Hub id of the model; only its config is read")
+    _add_method_options(plan)
 
     inspect = _command(commands, "inspect", run_inspect, "check a quantized checkpoint and count its bytes")
     inspect.add_argument("directory", metavar="DIR")
@@ -98,13 +103,15 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--skip", action="append", dest="modules_to_not_convert", metavar="PATTERN", help="leave these modules alone")
     add("--override", action="append", type=_override, metavar="PATTERN:KEY=VALUE", help="other settings there")
     add("--no-quantize-embeddings", action="store_false", dest="quantize_embeddings", default=None)
-    add("--calibration", metavar="FILE", help="text for calibrated methods")
+    add("--calibration", metavar="FILE", help="text or JSON-lines file, or name of a data set, for calibrated methods")
+    add("--sequences", type=_count, metavar="N", help="calibration windows (128)")
+    add("--length", type=_count, metavar="TOKENS", help="tokens of a calibration window (512)")
+    add("--option", action="append", type=_setting, metavar="KEY=VALUE", help="a setting of the method's own (see doctor)")
     add("--transform", action="append", dest="transforms", metavar="T", help="rewrite the model first")
     add("--activation-bits", type=int, metavar="N")
     add("--target-size", metavar="SIZE", help="total size to reach, such as 2GB")
     add("--seed", type=int)
     add("--strict", action="store_true", default=None, help="fail where a large matrix would stay in high precision")
-    add("--device", default="cpu", help="where to quantize (cpu)")
 
 
 SETTINGS = (
@@ -129,13 +136,19 @@ def _count(text: str) -> int:
 
 def _override(text: str) -> tuple[str, dict[str, Any]]:
     pattern, _, setting = text.rpartition(":")
-    key, _, value = setting.partition("=")
-    if not (pattern and key and value):
+    if not (pattern and re.fullmatch("[^=]+=.+", setting)):
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN:KEY=VALUE, such as down_proj:bits=6")
+    return pattern, _setting(setting)
+
+
+def _setting(text: str) -> dict[str, Any]:
+    key, _, value = text.partition("=")
+    if not (key and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE, such as damping=0.02")
     try:
-        return pattern, {key: json.loads(value)}
+        return {key: json.loads(value)}
     except json.JSONDecodeError:
-        return pattern, {key: value}
+        return {key: value}
 
 
 def run_demo(args: argparse.Namespace) -> None:
@@ -160,23 +173,70 @@ def run_demo(args: argparse.Namespace) -> None:
             print(f"  {row['model']:18} {' '.join(row['text'].split())}")
 
 
-def run_quantize(args: argparse.Namespace) -> None:
-    """Quantize SRC into DST."""
-    from hf_lowbit.plugin import LowBitConfig, checkpoint
+def config_from(args: argparse.Namespace) -> Any:
+    """The ``LowBitConfig`` a command line asks for."""
+    from hf_lowbit.plugin import LowBitConfig
 
     given = vars(args)
     settings = {name: given[name] for name in SETTINGS if given[name] is not None}
     overrides: dict[str, dict[str, Any]] = {}
     for pattern, change in args.override or []:
         overrides.setdefault(pattern, {}).update(change)
-    checkpoint.show_progress(sys.stderr.isatty())
-    report = checkpoint.quantize_checkpoint(
-        args.source, args.destination, LowBitConfig(overrides=overrides, **settings), args.device
-    )
+    sizes = {name: given[name] for name in ("sequences", "length") if given[name] is not None}
+    if sizes and args.calibration is None:
+        raise BadRequest(
+            "--sequences and --length say how much of the calibration text to use; give --calibration FILE too."
+        )
+    if sizes:
+        settings["calibration"] = {"source": args.calibration} | sizes
+    options = {key: value for option in args.option or [] for key, value in option.items()}
+    return LowBitConfig(overrides=overrides, options=options, **settings)
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    """Quantize SRC into DST."""
+    from hf_lowbit.plugin import checkpoint
+
+    config = config_from(args)
+    drawn = sys.stderr.isatty() and not args.json
+    checkpoint.show_progress(drawn)
+    try:
+        with _progress_bar("blocks", drawn) as progress:
+            report, rows = checkpoint.quantize_checkpoint(args.source, args.destination, config, args.restart, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; finished blocks are kept: the same command goes on from there.") from None
     if args.json:
-        return _print_json(_contents_json(args.destination) | {"destination": args.destination})
+        return _print_json(_contents_json(args.destination) | {"destination": args.destination, "report": rows})
     print(report)
+    if any("error" in row for row in rows):
+        _print_report(rows)
     print(f"written to {args.destination}")
+
+
+def _print_report(rows: Sequence[dict[str, Any]]) -> None:
+    cells = []
+    for row in rows:
+        error = f"{row['error']:.2e}" if "error" in row else ""
+        if "loss_before" in row:
+            error = f"{row['loss_before']:.3e} -> {row['loss_after']:.3e}"
+        note = row.get("fallback", "")
+        damping = f"{row['damping']:g}" if "damping" in row else ""
+        bits = f"{row['bits_per_weight']:.3f}" if "bits_per_weight" in row else ""
+        cells.append((row["name"], bits, error, damping, str(row.get("tokens", "")), f"{row.get('seconds', 0):.1f}", note))
+    _print_table("how it was solved", ("matrix", "bits/weight", "error", "damping", "tokens", "seconds", "note"), cells)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Print what quantizing SRC would need."""
+    from hf_lowbit.plugin.plan import plan
+
+    found = plan(args.source, config_from(args))
+    if args.json:
+        return _print_json(found.to_json())
+    print(f"result     {found.bytes:,} bytes, {found.bits_per_weight:.3f} bits per weight inside blocks")
+    print(f"memory     {found.peak_bytes / 1e6:,.0f} MB at the peak, beside the program itself (0.5 GB)")
+    spent = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in found.parts.items() if seconds >= 0.5)
+    print(f"time       about {found.seconds:,.0f} s on this machine{f': {spent}' if spent else ''}")
 
 
 def run_inspect(args: argparse.Namespace) -> None:
@@ -300,13 +360,14 @@ def _progress_bar(label: str, on: bool) -> Any:
     from contextlib import contextmanager
 
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TimeElapsedColumn
 
     @contextmanager
     def bar() -> Any:
-        with Progress(console=Console(stderr=True), disable=not on, transient=True) as drawn:
+        columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=not on, transient=True) as drawn:
             task = drawn.add_task(label, total=None)
-            yield lambda done, total: drawn.update(task, completed=done, total=total)
+            yield lambda done, total, name="": drawn.update(task, completed=done, total=total, description=f"{label} {name}")
 
     return bar()
 

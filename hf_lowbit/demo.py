@@ -10,17 +10,23 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_lowbit.errors import LowBitError
+
+if TYPE_CHECKING:
+    from hf_lowbit.plugin.config import LowBitConfig
 
 WINDOW = 512
 PROMPT = "It was a dark night, and the old house"
 METHODS = ("rtn", "halfquad", "powerquant", "codebook")
 WIDTHS = (4, 3, 2)
+# Each takes ten times as long as a data-free one, so they are shown at one width.
+CALIBRATED = ("squeezellm", "gptq", "signround", "nupes", "jlcm", "gumbel")
+CALIBRATED_WIDTH = 3
 
 _RELOAD = """
 import json, sys
@@ -53,6 +59,23 @@ def held_out_text() -> Path:
     return embedded_model() / "held_out.txt"
 
 
+def calibration_text() -> Path:
+    """A hundred kilobytes of other public-domain books, to calibrate on."""
+    return embedded_model() / "calibration.txt"
+
+
+def recipes() -> Iterator[tuple[str, LowBitConfig]]:
+    """Label and config of every row of the demo."""
+    from hf_lowbit.plugin.config import LowBitConfig
+
+    for bits in WIDTHS:
+        for method in METHODS:
+            yield f"{bits} bits, {method}", LowBitConfig(method=method, bits=bits)
+        for method in CALIBRATED if bits == CALIBRATED_WIDTH else ():
+            config = LowBitConfig(method=method, bits=bits, calibration=str(calibration_text()))
+            yield f"{bits} bits, {method} (calibrated)", config
+
+
 def run_demo(progress: Callable[[str], None], keep: str | None = None) -> list[dict[str, Any]]:
     """Quantize, save, reload in a fresh process and measure.
 
@@ -67,7 +90,6 @@ def run_demo(progress: Callable[[str], None], keep: str | None = None) -> list[d
         LowBitError: the fresh process failed, with its message.
     """
     from hf_lowbit.plugin.checkpoint import quantize_checkpoint
-    from hf_lowbit.plugin.config import LowBitConfig
 
     source = embedded_model()
     weights = source / "model.safetensors"
@@ -76,14 +98,13 @@ def run_demo(progress: Callable[[str], None], keep: str | None = None) -> list[d
     ]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(keep or temporary)
-        for bits in WIDTHS:
-            for method in METHODS:
-                progress(f"quantizing to {bits} bits with {method}")
-                target = folder / f"{method}-{bits}"
-                report = quantize_checkpoint(str(source), target, LowBitConfig(method=method, bits=bits))
-                size = (target / "model.safetensors").stat().st_size
-                row = {"model": f"{bits} bits, {method}", "bits_per_weight_linears": report.bits_per_weight_linears}
-                rows.append(row | {"bytes": size, "directory": str(target)})
+        for label, config in recipes():
+            progress(f"quantizing: {label}")
+            target = folder / f"{config.method}-{config.bits}"
+            report, _ = quantize_checkpoint(str(source), target, config)
+            size = (target / "model.safetensors").stat().st_size
+            row = {"model": label, "bits_per_weight_linears": report.bits_per_weight_linears}
+            rows.append(row | {"bytes": size, "directory": str(target)})
         progress("reloading all of them in a fresh process and measuring")
         for row, measured in zip(rows, _reload([row["directory"] for row in rows[1:]]), strict=True):
             row |= measured

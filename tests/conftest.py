@@ -33,6 +33,12 @@ def solver_table() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def codings() -> ModuleType:
+    """Codings for calibrated solvers to change: tests/solvers/codings.py."""
+    return load("solvers/codings.py")
+
+
+@pytest.fixture(scope="session")
 def records() -> ModuleType:
     """Random records with every optional term, and their slow decoder: tests/format/records.py."""
     return load("format/records.py")

@@ -80,13 +80,18 @@ def test_version():
 
 def test_quantize_and_inspect_say_the_same(quantized, inspected):
     target, said = quantized
+    report = said.pop("report")
     assert said == inspected | {"destination": target}
+    assert {row["name"] for row in report} == set(said["tensors"])
+    saved = json.loads((Path(target) / "quantization_report.json").read_text(encoding="utf-8"))
+    assert saved == [{key: value for key, value in row.items() if key != "seconds"} for row in report]
     assert said["method"] == "rtn"
 
 
 def test_the_destination_holds_a_whole_checkpoint_and_nothing_else(quantized):
     names = {path.name for path in Path(quantized[0]).iterdir()}
-    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"} == names
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "quantization_report.json"} | tokenizer
     assert [path.name for path in Path(quantized[0]).parent.iterdir()] == ["rtn-4"]
 
 

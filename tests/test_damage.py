@@ -339,15 +339,23 @@ TOKENIZER_SIZE = (demo.embedded_model() / "tokenizer.json").stat().st_size
 
 # Enough for nothing, for a part of the weights, and for the weights but not for the tokenizer after them.
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
-@pytest.mark.parametrize("room", [0, 100_000, TOKENIZER_SIZE - 1], ids=["none", "little", "no tokenizer"])
-def test_a_full_disk_leaves_nothing(room, dense, tmp_path):
+@pytest.mark.parametrize(
+    ("room", "kept"),
+    [(0, "nothing was left behind"), (100_000, "2 finished parts kept"), (TOKENIZER_SIZE - 1, "3 finished parts kept")],
+    ids=["none", "little", "no tokenizer"],
+)
+def test_a_full_disk_loses_nothing_finished(room, kept, dense, tmp_path):
     target = tmp_path / "new" / "parents" / "out"
     small_tables = ["--method", "rtn", "--override", "embed_tokens:bits=2", "--override", "lm_head:bits=2"]
-    command = [sys.executable, "-c", FULL_DISK, str(room), "quantize", str(dense), str(target), *small_tables]
+    arguments = ["quantize", str(dense), str(target), *small_tables]
+    command = [sys.executable, "-c", FULL_DISK, str(room), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"hf-lowbit: writing {target} failed")
-    assert "File too large" in line and "nothing was left behind" in line
-    assert list(tmp_path.iterdir()) == []
+    assert "File too large" in line and kept in line and "run the same command again" in line
+    assert not target.exists()
+    assert (list(tmp_path.iterdir()) == []) == (room == 0)
+    assert main(arguments) == 0
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+    assert main(["inspect", str(target)]) == 0

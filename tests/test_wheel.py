@@ -71,7 +71,7 @@ def test_every_module_is_there_and_no_test(names):
 
 
 def test_the_embedded_model_its_text_and_the_type_marker_are_there(names, wheel):
-    for file in (*EMBEDDED, "held_out.txt"):
+    for file in (*EMBEDDED, "held_out.txt", "calibration.txt"):
         assert f"hf_lowbit/embedded/{file}" in names
         stored = zipfile.ZipFile(wheel).getinfo(f"hf_lowbit/embedded/{file}").file_size
         assert stored == (ROOT / "hf_lowbit" / "embedded" / file).stat().st_size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from hf_lowbit.errors import BadRequest, unknown_name
 from hf_lowbit.format.levels import parse_levels
@@ -24,6 +26,7 @@ class Spec:
         outliers: fraction of weights kept beside the codes as fp16 corrections, 0 to 0.1.
         residual_terms: 1 to 4 additive terms, each coding what the ones before it left (REx, arXiv 2203.14645).
         seed: for solvers that draw random numbers.
+        options: the method's own settings by name (``hf_lowbit.solvers`` checks them).
 
     Raises:
         BadRequest: any value outside those ranges.
@@ -37,6 +40,7 @@ class Spec:
     outliers: float = 0.0
     residual_terms: int = 1
     seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _whole("bits", self.bits, 1, 8, "hf-lowbit stores 1 to 8 bits per code")
@@ -53,6 +57,8 @@ class Spec:
             raise BadRequest(f"outliers is the fraction of weights kept in fp16, 0 to 0.1, got {self.outliers!r}.")
         _whole("residual_terms", self.residual_terms, 1, 4, "1 is no residual")
         _whole("seed", self.seed, 0, 2**63 - 1, "a random seed")
+        if not isinstance(self.options, Mapping):
+            raise BadRequest(f"options must be a mapping of names to values, got {self.options!r}.")
 
     def groups_of(self, in_features: int) -> int:
         """The group size that holds for a row of ``in_features`` weights."""
@@ -65,7 +71,7 @@ class Spec:
     @classmethod
     def from_json(cls, values: dict) -> Spec:
         """Inverse of :meth:`to_json`; an unknown key is refused with the nearest name."""
-        known = [field.name for field in fields(cls)]
+        known = [entry.name for entry in fields(cls)]
         for key in values:
             if key not in known:
                 raise BadRequest(unknown_name("setting", key, known))

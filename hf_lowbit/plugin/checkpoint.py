@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_lowbit.errors import BadRequest, FormatError, LowBitError
+from hf_lowbit._version import __version__
+from hf_lowbit.errors import BadRequest, FormatError, LowBitError, WeightError
 from hf_lowbit.format.serialize import Record, read_record, sort_headers
 from hf_lowbit.measure.perplexity import vocabulary_of
+from hf_lowbit.pipeline.run import MemoryStore, Report
+from hf_lowbit.pipeline.share import Share
+from hf_lowbit.pipeline.workspace import Workspace, fingerprint_of_files
+from hf_lowbit.plugin.auto import resolve
+from hf_lowbit.plugin.compress import Progress, calibration_for, check_calibration, compress, fingerprint, with_provenance
 from hf_lowbit.plugin.config import QUANT_METHOD, LowBitConfig
 from hf_lowbit.plugin.explain import Explanation, explain
+from hf_lowbit.plugin.quantize import finish
+from hf_lowbit.plugin.targets import find_targets
+
+# The file that says how each matrix was solved.
+REPORT = "quantization_report.json"
 
 
 def show_progress(on: bool) -> None:
@@ -100,59 +109,87 @@ def load_tokenizer(source: str) -> Any:
         raise FormatError(f"{source}: the tokenizer is damaged ({_first_lines(error)}). Fetch it again.") from error
 
 
-def quantize_checkpoint(source: str, destination: str | Path, config: LowBitConfig, device: str = "cpu") -> Explanation:
+def quantize_checkpoint(
+    source: str,
+    destination: str | Path,
+    config: LowBitConfig,
+    restart: bool = False,
+    progress: Progress | None = None,
+) -> tuple[Explanation, Report]:
     """Quantize a checkpoint into a new directory, which appears whole or not at all.
 
+    A run that was killed goes on where it stood when it is started again. Started by ``torchrun`` or ``accelerate
+    launch``, the processes share the work and the first one writes.
+
+    Args:
+        restart: throw away what a killed run finished.
+        progress: called after each block.
+
+    Returns:
+        The explanation of the model, and a row for each matrix.
+
     Raises:
-        BadRequest: the destination exists and is not empty or cannot be written, or the source is quantized already.
-        LowBitError: loading or quantizing failed, or the disk is full; nothing is left behind.
+        BadRequest: the destination exists and is not empty, cannot be written, or another run works on it; what was finished
+            belongs to another run; the source is quantized already; calibration data is missing or unfit.
+        LowBitError: loading or solving failed, or the disk is full; finished blocks are kept.
     """
-    with new_directory(Path(destination)) as folder:
-        model = load_model(source, device=device, config=config)
-        report = explain(model)
-        model.save_pretrained(folder)
-        sort_headers(folder)
+    check_calibration(config)
+    model = load_model(source)
+    if getattr(model, "is_quantized", False):
+        raise BadRequest(f"{source!r} is quantized already; quantize the original it was made from.")
+    config = resolve(config, model)
+    targets = find_targets(model, config)
+    tokenizer = None  # weights without a tokenizer are a checkpoint all the same
+    with suppress(BadRequest):
+        tokenizer = load_tokenizer(source)
+    calibration = calibration_for(model, config, tokenizer)
+    files = weight_files(source)
+    share = Share()
+    if share.rank:
+        report = compress(model, config, targets, calibration, MemoryStore(), files, progress, share)
+        return explain(model), report
+    identity = fingerprint(config, targets, calibration) | {"model": fingerprint_of_files(files), "version": __version__}
+    with Workspace.open(destination, identity, restart) as work:
         try:
-            tokenizer = load_tokenizer(source)
-        except BadRequest:
-            return report  # weights without a tokenizer are a checkpoint all the same
-        try:
+            report = compress(model, config, targets, calibration, work, files, progress, share)
+        except WeightError:
+            work.discard()  # asked for the same again, it would fail the same
+            raise
+        finish(model, with_provenance(config, calibration), targets, report)
+        explanation = explain(model)
+        work.finish(partial(_write, model, tokenizer, report))
+    return explanation, report
+
+
+def _write(model: Any, tokenizer: Any, report: Report, folder: Path) -> None:
+    model.save_pretrained(folder)
+    sort_headers(folder)
+    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in report]
+    (folder / REPORT).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    try:
+        if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        except Exception as error:  # the tokenizers library raises bare ones
-            raise OSError(error) from error
-    return report
+    except Exception as error:  # the tokenizers library raises bare ones
+        raise OSError(error) from error
 
 
-@contextmanager
-def new_directory(destination: Path) -> Iterator[Path]:
-    """A temporary directory beside ``destination`` that takes its name on success and vanishes on any error.
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a checkpoint, downloaded already where ``source`` is a Hub id.
 
     Raises:
-        BadRequest: ``destination`` exists and is not an empty directory, or its parent cannot be written.
-        LowBitError: writing failed (a full disk, say).
+        BadRequest: there are none.
     """
-    partial = destination.parent / f".{destination.name}.partial-{os.getpid()}"
-    try:
-        if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-            raise BadRequest(f"{destination} exists and is not an empty directory. Choose another name or remove it.")
-        made = [parent for parent in destination.parents if not parent.exists()]
-        partial.mkdir(parents=True)
-    except OSError as error:
+    folder = Path(source)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, local_files_only=True, allow_patterns=["*.safetensors"]))
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise BadRequest(
-            f"{destination} cannot be written ({error.strerror or error}). Choose a directory you can write to."
-        ) from error
-    try:
-        yield partial
-        if destination.exists():
-            destination.rmdir()
-        partial.rename(destination)
-    except (OSError, SafetensorError) as error:
-        raise LowBitError(f"writing {destination} failed ({error}); nothing was left behind.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # on success they hold the result and stay
-            for parent in made:
-                parent.rmdir()
+            f"{source!r} holds no safetensors files. Load and save it with save_pretrained once, then use that."
+        )
+    return files
 
 
 @dataclass(frozen=True)

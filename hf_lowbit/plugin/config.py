@@ -15,13 +15,14 @@ from hf_lowbit.format.spec import Spec
 from hf_lowbit.solvers import get_solver
 
 QUANT_METHOD = "hf_lowbit"
-SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "seed")
+# The method that stands for the best one measured; resolved before anything is solved (hf_lowbit/plugin/auto.py).
+AUTO = "auto"
+SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "seed", "options")
 # A tied table of 4 bits alone diverges by 0.009 nats on a 4 M Llama, all 4-bit blocks by 0.014; at 6 bits the table's
 # share is 0.0006 (eval/results/quality_books4m.json).
 EMBEDDING_BITS = 6
 _LATER = {
     "transforms": "outlier migration and rotations are",
-    "calibration": "calibrated methods are",
     "activation_bits": "activation quantization is",
     "kv_cache": "the mixed-precision KV cache is",
     "target_size": "the bit allocator is",
@@ -32,7 +33,8 @@ class LowBitConfig(QuantizationConfigMixin):
     """What to do with a model, for ``from_pretrained(..., quantization_config=LowBitConfig(...))``.
 
     Args:
-        method: a solver name (``hf-lowbit doctor`` lists them).
+        method: a solver name (``hf-lowbit doctor`` lists them), or ``auto``: the best method measured at this width that the
+            option ``minutes`` (60) allows, ``codebook`` where there is no calibration data.
         bits: code width, 1 to 8.
         group_size: weights per scale; -1 for one scale per row.
         levels: level family; None leaves it to the method.
@@ -44,7 +46,11 @@ class LowBitConfig(QuantizationConfigMixin):
         modules_to_not_convert: patterns of modules to leave in high precision.
         quantize_embeddings: whether input embedding and head are quantized too; at 6 bits or more unless overridden.
         strict: raise where a large matrix would be left in high precision without having been asked.
-        transforms, calibration, activation_bits, kv_cache, target_size: reserved; any value but the default is refused.
+        options: settings of the method's own; ``hf-lowbit doctor`` lists them.
+        calibration: what calibrated methods are to run on: a text or JSON-lines file, the name of a data set, a list of
+            texts, token windows, or a mapping with one of these as ``source`` and ``sequences``, ``length``, ``column``, ...
+            A saved checkpoint carries where its calibration came from instead.
+        transforms, activation_bits, kv_cache, target_size: reserved; any value but the default is refused.
 
     Raises:
         BadRequest: an unknown name (with the nearest one), or a value out of range.
@@ -70,25 +76,36 @@ class LowBitConfig(QuantizationConfigMixin):
         seed: int = 0,
         target_size: str | None = None,
         strict: bool = False,
+        options: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         unknown.pop("quant_method", None)
         self.format_version = unknown.pop("format_version", FORMAT_VERSION)
         check_version(self.format_version, "quantization_config")
-        later = {"transforms": transforms, "calibration": calibration, "activation_bits": activation_bits}
+        later: dict[str, Any] = {"transforms": transforms, "activation_bits": activation_bits}
         later |= {"kv_cache": kv_cache, "target_size": target_size}
         for name, value in later.items():
             if value is not None and value != () and value != []:
                 raise BadRequest(f"{name}={value!r}: {_LATER[name]} not part of this release; leave {name} out.")
         if unknown:
-            known = [*SPEC_KEYS, *_LATER, "overrides", "modules_to_not_convert", "quantize_embeddings", "strict"]
+            known = [
+                *SPEC_KEYS,
+                *_LATER,
+                "calibration",
+                "overrides",
+                "modules_to_not_convert",
+                "quantize_embeddings",
+                "strict",
+            ]
             raise BadRequest(unknown_name("setting", next(iter(unknown)), known))
         if isinstance(bits, float) and not bits.is_integer():
             raise BadRequest(f"bits={bits}: fractional bits need the bit allocator, not part of this release; use 1 to 8.")
         bits = int(bits) if isinstance(bits, float) else bits  # JSON and command lines write 4.0
         self.method, self.bits, self.group_size, self.levels = method, bits, group_size, levels
         self.scale_bits, self.outliers, self.residual_terms, self.seed = scale_bits, outliers, residual_terms, seed
+        self.options = dict(_typed("options", options or {}, Mapping, "a mapping of names to values"))
+        self.calibration = calibration
         self.overrides = copy.deepcopy(dict(_typed("overrides", overrides or {}, Mapping, "a mapping of patterns")))
         for change in self.overrides.values():
             _typed("overrides", change, Mapping, "a mapping of patterns to mappings of settings")
@@ -101,9 +118,12 @@ class LowBitConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Check every spec this config can produce."""
-        get_solver(self.spec())
-        for change in self.overrides.values():
-            get_solver(self._changed(change))
+        for spec in self.specs():
+            get_solver(spec)
+
+    def specs(self) -> list[Spec]:
+        """The config's own spec, and what each override makes of it."""
+        return [self.spec(), *(self._changed(change) for change in self.overrides.values())]
 
     def spec(self, name: str | None = None, embedding: bool = False) -> Spec:
         """The spec for module ``name``: the last matching override wins over the config's own settings."""
@@ -128,7 +148,12 @@ class LowBitConfig(QuantizationConfigMixin):
         return EMBEDDING_BITS
 
     def _changed(self, change: Mapping[str, Any]) -> Spec:
-        return Spec.from_json({key: getattr(self, key) for key in SPEC_KEYS} | dict(change))
+        own = {key: getattr(self, key) for key in SPEC_KEYS}
+        if self.method == AUTO:  # not resolved yet: what holds for any width and family
+            own |= {"method": "codebook" if self.calibration is None else "gptq", "options": {}}
+        if change.get("method", self.method) != self.method:
+            own["options"] = {}  # they are of the other method
+        return Spec.from_json(own | dict(change))
 
 
 def _typed(name: str, value: Any, kind: Any, wanted: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from hf_lowbit.format.serialize import FORMAT_VERSION
 from hf_lowbit.kernels import backends
 from hf_lowbit.plugin.config import QUANT_METHOD
-from hf_lowbit.solvers import CALIBRATED, SOLVERS
+from hf_lowbit.solvers import SOLVERS, Solver
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -40,9 +40,18 @@ def examine() -> dict[str, dict[str, Any]]:
             else "no: not installed with pip, so say `import hf_lowbit` first",
         },
         "backends, fastest first": {backend.name: type(backend).__doc__ for backend in backends()},
-        "methods": {name: SOLVERS[name].summary for name in sorted(SOLVERS)}
-        | {name: "needs calibration; not in this release" for name in CALIBRATED},
+        "methods": {name: _described(SOLVERS[name]) for name in sorted(SOLVERS)},
+        "options of calibrated methods": {
+            name: ", ".join(f"{key}={value}" for key, value in SOLVERS[name].options.items())
+            for name in sorted(SOLVERS)
+            if SOLVERS[name].options
+        },
     }
+
+
+def _described(entry: Solver) -> str:
+    needs = "" if entry.optional else " (needs calibration data)"
+    return entry.summary + needs
 
 
 def _version(name: str) -> str:

@@ -7,10 +7,12 @@ transient memory is one expert instead of the layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_lowbit.plugin.modules import LowBitModule
 
@@ -50,9 +52,23 @@ class LowBitExperts(LowBitModule):
         y = self._stack_linear(inner, "down_proj", expert)
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
+    def watch(self, parameter: str, sink: Callable[[int, Tensor], None]) -> RemovableHandle:
+        """Tell ``sink`` the number of an expert and its inputs ``[tokens, in]`` at every use of a stack."""
+        watched = self.__dict__.setdefault("_watched", {})
+        handle = RemovableHandle(watched)
+        watched[handle.id] = (parameter, sink)
+        return handle
+
     def _stack_linear(self, x: Tensor, parameter: str, expert: int) -> Tensor:
-        choice = self.choice(parameter)
-        y = choice.backend.linear(x, choice.backend.prepare(self.lowbit(parameter).expert(expert)))
+        for watched, sink in list(self.__dict__.get("_watched", {}).values()):
+            if watched == parameter:
+                sink(expert, x)
+        if parameter in self.layouts:
+            choice = self.choice(parameter)
+            y = choice.backend.linear(x, choice.backend.prepare(self.lowbit(parameter).expert(expert)))
+        else:  # while a block is being solved
+            weight = self.get_parameter(parameter)[expert]
+            y = nn.functional.linear(x, weight.T if self.is_transposed else weight)
         bias = getattr(self, f"{parameter}_bias", None) if self.has_bias else None
         return y if bias is None else y + bias[expert].to(y.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,51 +10,76 @@ import torch
 
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.format.serialize import field_name
+from hf_lowbit.pipeline.run import MemoryStore, Report
+from hf_lowbit.plugin.auto import resolve
+from hf_lowbit.plugin.compress import calibration_for, compress, with_provenance
 from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.quantizer import LowBitQuantizer, quantize_into
-from hf_lowbit.plugin.targets import find_targets, replace_modules
+from hf_lowbit.plugin.targets import Targets, find_targets, replace_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@torch.no_grad()
 def quantize(
     model: PreTrainedModel | str | Path, config: LowBitConfig, tokenizer: Any = None, calibration: Any = None
 ) -> PreTrainedModel:
     """Quantize a Transformers model.
 
     Args:
-        model: a loaded ``PreTrainedModel``, changed in place one matrix at a time, or a path or Hub id to load.
+        model: a loaded ``PreTrainedModel``, changed in place, or a path or Hub id to load.
         config: what to do.
-        tokenizer, calibration: for calibrated methods, which this release does not have.
+        tokenizer: of the model, for calibration texts; None loads the one beside the model.
+        calibration: what calibrated methods run on, in any form ``config.calibration`` takes; goes before that.
 
     Returns:
         The model; ``save_pretrained``, ``push_to_hub`` and ``dequantize`` work on it as after ``from_pretrained``.
+        ``model.hf_quantizer.report`` has a row for each matrix a calibrated method solved.
 
     Raises:
-        BadRequest: calibration data was given, or the model is quantized already.
+        BadRequest: calibration data is missing, not used or unfit, or the model is quantized already.
         WeightError: a weight holds NaN or infinity. The model is then unchanged up to that matrix.
+        LowBitError: a block yields NaN.
     """
-    if calibration is not None:
-        raise BadRequest("calibration was given, but this release has data-free methods only; leave calibration out.")
+    config = copy.copy(config)
+    config.calibration = config.calibration if calibration is None else calibration
     if isinstance(model, (str, Path)):
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(str(model), quantization_config=config)
+        if config.calibration is None:
+            return AutoModelForCausalLM.from_pretrained(str(model), quantization_config=config)
+        model = AutoModelForCausalLM.from_pretrained(str(model), dtype="auto")
     if getattr(model, "is_quantized", False):
         raise BadRequest("the model is quantized already; dequantize() it first or load the original.")
-    quantizer = LowBitQuantizer(config, pre_quantized=False)
-    quantizer.targets = find_targets(model, config)
-    for full in quantizer.targets.chosen:
+    found = calibration_for(model, config, tokenizer)
+    config = resolve(config, model)
+    targets = find_targets(model, config)
+    if found is None:
+        _solve_in_place(model, config, targets)
+        report: Report = []
+    else:
+        report = compress(model, config, targets, found, MemoryStore())
+    finish(model, with_provenance(config, found), targets, report)
+    return model
+
+
+@torch.no_grad()
+def _solve_in_place(model: PreTrainedModel, config: LowBitConfig, targets: Targets) -> None:
+    """Quantize matrix by matrix, whatever the structure of the model."""
+    for full in targets.chosen:
         weight = model.get_parameter(full)
         replace_modules(model, [full], model.dtype)
-        module = model.get_submodule(full.rpartition(".")[0])
-        fields = quantize_into(module, full, weight, quantizer.targets.spec(full, config))
+        module: Any = model.get_submodule(full.rpartition(".")[0])
+        fields = quantize_into(module, full, weight, targets.spec(full, config))
         for stored, tensor in fields.items():
             module._buffers[field_name(full.rpartition(".")[2], stored)] = tensor
+
+
+def finish(model: PreTrainedModel, config: LowBitConfig, targets: Targets, report: Report) -> None:
+    """Make a model whose matrices were replaced a quantized one in the eyes of the host."""
+    quantizer = LowBitQuantizer(config, pre_quantized=False)
+    quantizer.targets, quantizer.report = targets, report
     model.hf_quantizer = quantizer
     model.quantization_method = config.quant_method
     quantizer.postprocess_model(model)
     model.is_quantized = True
-    return model

@@ -8,6 +8,7 @@ tensor, then ``_process_model_after_weight_loading``.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,9 @@ from hf_lowbit.errors import BadRequest, FormatError, LowBitError, WeightError
 from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.serialize import Record, checksum, field_name, read_record
 from hf_lowbit.format.spec import Spec
+from hf_lowbit.pipeline.run import MemoryStore
+from hf_lowbit.plugin.auto import resolve
+from hf_lowbit.plugin.compress import calibration_for, check_calibration, compress, with_provenance
 from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.experts import LowBitExperts, to_dense
 from hf_lowbit.plugin.hub import give_card
@@ -42,6 +46,8 @@ class LowBitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.targets = Targets()
         self.failure: LowBitError | None = None
+        self.report: list[dict[str, Any]] = []
+        self._dense_files: list[Path] | None = None  # of a dense checkpoint to calibrate once it is loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Refuse a device that is not there before anything is read."""
@@ -69,13 +75,18 @@ class LowBitQuantizer(HfQuantizer):
                 module.install(parameter, layout)
                 hold_place(module, parameter)
             _check_complete(model, files)
+            return
+        config = self.quantization_config = resolve(self.quantization_config, model)
+        check_calibration(config)
+        self.targets = find_targets(model, config)
+        if config.calibration is not None:
+            self._dense_files = [Path(file) for file in _safetensors(kwargs.get("checkpoint_files"))]
         else:
-            self.targets = find_targets(model, self.quantization_config)
             replace_modules(model, self.targets.chosen, dtype)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         """Whether the loader hands this tensor to our op."""
-        return not self.pre_quantized and param_name in self.targets.chosen
+        return not self.pre_quantized and self._dense_files is None and param_name in self.targets.chosen
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         """Bytes per element for device maps; stored scales of the default grouping take a quarter of a bit."""
@@ -90,6 +101,8 @@ class LowBitQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.failure is not None:
             raise self.failure
+        if self._dense_files is not None:
+            self._calibrate(model, self._dense_files)
         self._keep_what_is_new(model)
         for _, module in low_bit_modules(model):
             for parameter in module.layouts:
@@ -97,6 +110,13 @@ class LowBitQuantizer(HfQuantizer):
         # Saved names are module names: the host's renamings on save would miss the header's record.
         model._weight_conversions = []
         give_card(model)
+
+    def _calibrate(self, model: PreTrainedModel, files: list[Path]) -> None:
+        """Quantize the dense model that was just loaded."""
+        self._dense_files, config = None, self.quantization_config
+        found = calibration_for(model, config)
+        self.report = compress(model, config, self.targets, found, MemoryStore(), files)
+        self.quantization_config = model.config.quantization_config = with_provenance(config, found)
 
     def _keep_what_is_new(self, model: PreTrainedModel) -> None:
         """Give back their dense modules to matrices the checkpoint does not hold: a new head, never a part of the model."""
@@ -263,7 +283,7 @@ def _dense_linear(module: LowBitLinear, dtype: torch.dtype) -> nn.Module:
 def _safetensors(files: Any) -> list[str]:
     found = [str(file) for file in files or [] if str(file).endswith(".safetensors")]
     if not found:
-        raise FormatError("the config says hf_lowbit, but there is no safetensors file beside it to load.")
+        raise FormatError("there is no safetensors file to load; hf-lowbit reads no other kind.")
     return found
 
 

@@ -54,3 +54,14 @@ def in_parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> li
         return [function(item) for item in work]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(torch.no_grad()(function), work))
+
+
+@contextmanager
+def all_threads() -> Iterator[None]:
+    """Give torch's own ops all threads of :func:`block_threads` again: for factorizations, which are one large op."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, _WORKERS.get()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

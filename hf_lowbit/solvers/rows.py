@@ -6,13 +6,14 @@ let the source stay in its own dtype, memory-mapped.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_lowbit.errors import WeightError
 from hf_lowbit.format.scales import group_count
+from hf_lowbit.solvers.statistics import Statistics
 
 # 2**18 float32 weights are 1 MB: a block and its temporaries stay in the second-level cache of one core.
 BLOCK_WEIGHTS = 1 << 18
@@ -31,6 +32,7 @@ class Rows:
         tables: equal blocks of rows that may have a level table each (the matrices of a stack).
         importance: float ``[in]`` weights of the squared error per input channel; None is all ones.
         excluded: sorted flat indices (int64) of weights stored elsewhere (outliers): zeros that do not count in the error.
+        statistics: what calibration gathered, one entry for each of ``tables`` blocks of rows; empty without calibration.
     """
 
     def __init__(
@@ -41,7 +43,9 @@ class Rows:
         tables: int = 1,
         importance: Tensor | None = None,
         excluded: Tensor | None = None,
+        statistics: Sequence[Statistics] = (),
     ) -> None:
+        self.statistics = statistics
         self.weight, self.group_size, self.shift, self.tables = weight, group_size, shift, tables
         self.rows, self.in_features = weight.shape
         self.groups = group_count(self.in_features, group_size)
@@ -71,6 +75,17 @@ class Rows:
         values = values.view(-1, 1, self.group_size)
         step = max(1, values.shape[0] * self.group_size // weights)
         return values[::step].contiguous(), None if importance is None else importance[::step].contiguous()
+
+    def pick(self, ids: Tensor) -> Rows:
+        """Rows ``ids`` (int64 ``[n]``, ascending) as a matrix of their own, with one table."""
+        excluded = self.excluded
+        if excluded is not None:
+            place = torch.full((self.rows,), -1).index_copy_(0, ids, torch.arange(len(ids)))
+            row, column = place[excluded // self.in_features], excluded % self.in_features
+            excluded = (row * self.in_features + column)[row >= 0]
+        picked = Rows(self.weight[ids], self.group_size, self.shift, 1, None, excluded, self.statistics)
+        picked._importance = self._importance
+        return picked
 
     def _counted(self, values: Tensor, picked: Tensor) -> tuple[Tensor, Tensor | None]:
         """``values`` of the rows ``picked`` (int64 ``[n]``) with excluded weights as zeros of no importance, as padding is.

@@ -135,7 +135,7 @@ def test_ledger_counts_the_bytes_of_every_solver(case):
     row, bits = case
     weight = torch.randn(6, 75, generator=torch.Generator().manual_seed(bits))
     for changes in ({}, {"scale_bits": 6, "outliers": 0.02, "residual_terms": 2}):
-        record = solve(weight, row.spec(bits, **changes))
+        record = row.solve(weight, row.spec(bits, **changes))
         assert ledger(record.layout).bytes == sum(stored.nbytes for stored in record.tensors.values())
 
 

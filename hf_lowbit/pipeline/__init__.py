@@ -1,0 +1,1 @@
+"""The road from a checkpoint to a quantized one: calibration data, resumable work, reports."""

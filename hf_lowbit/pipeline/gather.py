@@ -1,0 +1,114 @@
+"""Gathering the statistics of one group of sites, which share their inputs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.pipeline.blocks import Group, OpenBlock, Sink, Stop, stopping
+from hf_lowbit.pipeline.forward import Batch
+from hf_lowbit.pipeline.share import Share
+from hf_lowbit.solvers.statistics import ExactSum, Statistics, pooled
+
+# A matrix of a stack that saw fewer tokens than a quarter of its inputs takes the pooled statistics of the stack.
+FEWEST_TOKENS = 0.25
+
+
+class Sums:
+    """Running sums over the inputs of one matrix.
+
+    Args:
+        in_features: inputs of the matrix.
+        level: largest magnitude of an input in the first batch, times its tokens; fixes the grids of the exact sums.
+        largest: largest magnitude of an input in the first batch.
+        crossed: whether the original model's inputs are given too.
+    """
+
+    def __init__(self, in_features: int, level: float, largest: float, crossed: bool) -> None:
+        self.in_features, self.count = in_features, 0
+        self.gram, self.cross, self.total = ExactSum(), ExactSum() if crossed else None, ExactSum()
+        self.top = torch.zeros(in_features)
+        for part, size in ((self.gram, level * largest), (self.cross, level * largest), (self.total, level)):
+            if part is not None:
+                part.fix_grid(size)
+
+    def add(self, x: Tensor, original: Tensor | None) -> None:
+        """Add tokens ``[n, in]``, and the same tokens' inputs in the original model."""
+        self.count += len(x)
+        self.gram.add(x.T @ x)
+        self.total.add(x.sum(0))
+        self.top = torch.maximum(self.top, x.abs().amax(0))
+        if self.cross is not None:
+            assert original is not None
+            self.cross.add(original.T @ x)
+
+    def finish(self, share: Share) -> Statistics:
+        """Statistics over the tokens of all processes."""
+        square = (self.in_features, self.in_features)
+        count = share.count(self.count)
+        for part, shape in ((self.gram, square), (self.cross, square), (self.total, square[:1])):
+            if part is None:
+                continue
+            share.add_up(part, shape)
+            if part.total is None:
+                part.total = torch.zeros(shape, dtype=torch.int64)
+        cross = None if self.cross is None else self.cross.mean(count)
+        return Statistics(count, self.gram.mean(count), self.total.mean(count), share.largest(self.top), cross)
+
+
+def gather(
+    block: OpenBlock, original: OpenBlock | None, group: Group, batches: Sequence[Batch], share: Share
+) -> list[Statistics]:
+    """Statistics of the inputs of a group, one entry per matrix (several for a stack).
+
+    Args:
+        block: the working copy with the sites before this group already quantized.
+        original: the working copy in high precision, to weigh its inputs against; None leaves ``cross`` out. Stacks go
+            without: behind another prefix the router may send a token elsewhere.
+        batches: those of this process.
+    """
+    site = block.sites[group.names[0]]
+    matrices = len(site.parameter) if site.stacked else 1
+    in_features = site.turned(site.parameter).shape[-1]
+    crossed = original is not None and not site.stacked
+    sums: dict[int, Sums] = {}
+    for batch in batches:
+        found = inputs_of(block, group.names[0], batch.hidden, batch)
+        same = inputs_of(original, group.names[0], batch.original, batch) if crossed and original is not None else {}
+        if not sums:
+            largest = max((float(x.abs().max()) for x in found.values() if x.numel()), default=1.0)
+            tokens = batch.ids.numel()
+            level, largest = share.same((largest * tokens, largest))
+            sums = {number: Sums(in_features, level, largest, crossed) for number in range(matrices)}
+        for number, x in found.items():
+            sums[number].add(x, same.get(number))
+    each = [sums[number].finish(share) for number in range(matrices)]
+    if not site.stacked:
+        return each
+    together = pooled([found for found in each if found.count])
+    assert together is not None
+    enough = [found.count >= FEWEST_TOKENS * in_features for found in each]
+    return [found if fits else together for found, fits in zip(each, enough, strict=True)]
+
+
+def inputs_of(block: OpenBlock, name: str, hidden: Tensor, batch: Batch) -> dict[int, Tensor]:
+    """Inputs ``[tokens, in]`` of each matrix of a site, from one batch."""
+    site = block.sites[name]
+    found: dict[int, list[Tensor]] = defaultdict(list)
+
+    def take(number: int, x: Tensor) -> None:
+        found[number].append(x.detach().flatten(0, -2).float())
+        if not site.stacked:
+            raise Stop
+
+    sink: Sink = take
+    handle = site.watch(sink)
+    try:
+        with stopping():
+            block(hidden, batch.calls[block.number])
+    finally:
+        handle.remove()
+    return {number: torch.cat(parts) for number, parts in found.items()}

@@ -1,0 +1,90 @@
+"""Block reconstruction inside a run: all learned sites of a block together, against the original block's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from hf_lowbit.errors import LowBitError
+from hf_lowbit.format.spec import Spec
+from hf_lowbit.format.tensor import LowBitTensor
+from hf_lowbit.pipeline.blocks import Block, Call, OpenBlock
+from hf_lowbit.pipeline.forward import Batch
+from hf_lowbit.pipeline.share import Share
+from hf_lowbit.solvers import SOLVERS, Matrix, reconstruct
+
+
+def learn(
+    block: Block,
+    opened: OpenBlock,
+    original: OpenBlock,
+    specs: Mapping[str, Spec],
+    tensors: dict[str, LowBitTensor],
+    batches: Sequence[Batch],
+    call: Call,
+    count: int,
+    share: Share,
+) -> dict[str, Any]:
+    """Replace the records of the sites in ``specs`` by learned ones; returns the row of the report.
+
+    Args:
+        opened: the working copy with all sites quantized; sites that are not learned stay so.
+        batches: those of this process, of ``count`` in all.
+        call: how the block is called for a single sequence, which must serve any number of them.
+
+    Raises:
+        LowBitError: the block's arguments depend on the text.
+    """
+    if any(batch.calls[opened.number] is not batches[0].calls[opened.number] for batch in batches):
+        raise LowBitError(
+            f"the arguments of {block.name} depend on the text, so its windows cannot be shuffled for learning. Use gptq."
+        )
+    hidden = _gathered([batch.hidden for batch in batches], count, share)
+    originals = _gathered([batch.original for batch in batches], count, share)
+    found: tuple[dict[str, LowBitTensor], dict[str, Any]] | None = None
+    if share.rank == 0:
+        with torch.no_grad():
+            targets = torch.cat([original(part, call) for part in originals.split(len(batches[0].ids))])
+        found = _learn(block, opened, original, specs, tensors, (hidden, originals, targets), call)
+    found = share.same(found)
+    assert found is not None
+    tensors |= found[0]
+    return found[1]
+
+
+def _learn(
+    block: Block,
+    opened: OpenBlock,
+    original: OpenBlock,
+    specs: Mapping[str, Spec],
+    tensors: Mapping[str, LowBitTensor],
+    states: tuple[Tensor, Tensor, Tensor],
+    call: Call,
+) -> tuple[dict[str, LowBitTensor], dict[str, Any]]:
+    first = next(iter(specs.values()))
+    entry = SOLVERS[first.method]
+    if any((spec.method, spec.options) != (first.method, first.options) for spec in specs.values()):
+        raise LowBitError(f"{block.name}: all learned matrices of a block need the same method and options.")
+    options = {name: entry.option(first, name) for name in entry.options}
+    matrices = {}
+    for name, spec in specs.items():
+        site = original.sites[name]
+        matrices[name] = Matrix(site.turned(site.parameter.detach()), spec, tensors[name])
+
+    def run(hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        placed = {opened.sites[name].local: opened.sites[name].turned(dense) for name, dense in weights.items()}
+        return call.run(lambda *args, **kwargs: functional_call(opened.module, placed, args, kwargs), hidden)
+
+    row = reconstruct(matrices, run, *states, options, first.seed)
+    row = {"name": block.name, "method": first.method, **row}
+    return {name: matrix.tensor for name, matrix in matrices.items()}, row
+
+
+def _gathered(mine: Sequence[Tensor], count: int, share: Share) -> Tensor:
+    """Hidden states of all batches ``[N, T, D]``, in the order of the text, in every process."""
+    own = iter(mine)
+    return torch.cat([share.from_owner(next(own) if share.mine(number) else None, number) for number in range(count)])

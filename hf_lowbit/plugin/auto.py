@@ -1,0 +1,45 @@
+"""``method="auto"``: the best recipe measured at each width that fits into a time budget."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from hf_lowbit.plugin.config import AUTO, LowBitConfig
+from hf_lowbit.plugin.plan import plan_model
+
+# Best first, by KL on the 4 M reference model (eval/results/quality_calibrated_books4m.json).
+RECIPES: dict[int, tuple[tuple[str, dict[str, Any]], ...]] = {
+    1: (("gumbel", {}), ("gptq", {})),
+    2: (("gumbel", {}), ("gptq", {})),
+    3: (("gumbel", {}), ("gptq", {})),
+    4: (("gumbel", {}), ("gptq", {})),
+}
+# From here on error feedback leaves nothing that learning would find.
+ABOVE: tuple[tuple[str, dict[str, Any]], ...] = (("gptq", {}),)
+WITHOUT_DATA = "codebook"
+# Minutes allowed where the config does not say.
+MINUTES = 60.0
+
+
+def resolve(config: LowBitConfig, model: Any) -> LowBitConfig:
+    """A config with ``auto`` replaced by a method: the first recipe of its width whose estimate fits the budget.
+
+    Args:
+        config: its options may say ``minutes``; returned as it is where its method is not ``auto``.
+        model: on any device, meta included.
+    """
+    if config.method != AUTO:
+        return config
+    found = copy.deepcopy(config)
+    minutes = float(found.options.pop("minutes", MINUTES))
+    if config.calibration is None:
+        found.method = WITHOUT_DATA
+        return found
+    recipes = RECIPES.get(int(config.bits), ABOVE)
+    for method, options in recipes:
+        found.method, found.options = method, dict(options)
+        if plan_model(model, found).seconds <= 60 * minutes:
+            break
+    found.post_init()
+    return found

@@ -1,0 +1,72 @@
+"""``hf-lowbit plan``: what quantizing a checkpoint will need, without reading a weight."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+
+from hf_lowbit.errors import BadRequest
+from hf_lowbit.pipeline.estimate import BlockShape, Estimate, estimate
+from hf_lowbit.plugin.config import LowBitConfig
+from hf_lowbit.plugin.sites import Shards, find_blocks, is_flipped
+from hf_lowbit.plugin.targets import find_targets
+from hf_lowbit.solvers import without_data
+
+
+def plan(source: str, config: LowBitConfig) -> Estimate:
+    """Estimate ``quantize_checkpoint(source, ..., config)`` from the model's ``config.json``.
+
+    Raises:
+        BadRequest: no such model, or a config it cannot be quantized with.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from hf_lowbit.plugin.auto import resolve  # which plans, too
+
+    try:
+        described = AutoConfig.from_pretrained(source)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(described)
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"cannot read the config of {source!r}: {error}") from error
+    if getattr(described, "quantization_config", None):
+        raise BadRequest(f"{source!r} is quantized already; quantize the original it was made from.")
+    return plan_model(model, resolve(config, model))
+
+
+def plan_model(model: Any, config: LowBitConfig) -> Estimate:
+    """:func:`plan` of a model that is built already, on any device."""
+    targets = find_targets(model, config)
+
+    def shape(full: str) -> tuple[int, ...]:
+        found = tuple(model.get_parameter(full).shape)
+        flipped = is_flipped(model.get_submodule(full.rpartition(".")[0]))
+        return (*found[:-2], found[-1], found[-2]) if flipped else found
+
+    windows, length = _calibration_size(config, model.config)
+    blocks = find_blocks(model, list(targets.chosen), Shards())
+    width = model.config.get_text_config().hidden_size
+    shapes = [
+        BlockShape({n: shape(n) for n in block.sites}, sum(p.numel() for p in block.module.parameters()), width)
+        for block in blocks
+    ]
+    inside = {name for block in blocks for name in block.sites}
+    outside = {name: shape(name) for name in targets.chosen if name not in inside}
+    specs = {name: targets.spec(name, config) for name in targets.chosen}
+    specs = {name: spec if windows and name in inside else without_data(spec) for name, spec in specs.items()}
+    found = estimate(shapes, specs, outside, windows, length)
+    kept = sum(2 * prod(model.get_parameter(name).shape) for name in targets.kept)
+    return Estimate(found.bytes + kept, found.bits_per_weight, found.peak_bytes, found.seconds, found.parts)
+
+
+def _calibration_size(config: LowBitConfig, described: Any) -> tuple[int, int]:
+    source = config.calibration
+    if source is None:
+        return 0, 0
+    if isinstance(source, torch.Tensor):
+        return len(source), source.shape[1]
+    places = getattr(described.get_text_config(), "max_position_embeddings", None) or 512
+    asked = source if isinstance(source, dict) else {}
+    return int(asked.get("sequences", 128)), int(asked.get("length", min(512, places)))
