@@ -81,7 +81,7 @@ WORDS = [
     ("--outliers 0.5", "0 to 0.1", "got 0.5"),
     ("--residual-terms 9", "residual_terms must be a whole number from 1 to 4", "got 9"),
     ("--seed -1", "seed", "got -1"),
-    ("--method gptq --calibration no.txt", "no.txt"),
+    ("--method gptq --calibration no.txt", "cannot load a tokenizer"),
     ("--transform rotation", "transforms=['rotation']", "not part of this release", "leave transforms out"),
     ("--activation-bits 8", "activation_bits=8", "activation quantization is not part of this release"),
     ("--target-size 2GB", "target_size='2GB'", "the bit allocator is not part of this release"),

@@ -42,7 +42,7 @@ class Recorder:
     def __init__(self, model: Any, blocks: Sequence[Block]) -> None:
         self.model, self.blocks = model, blocks
         self.as_tuple = False
-        self._first: list[Call] | None = None
+        self._known: dict[int, list[Call]] = {}
 
     def batch(self, ids: Tensor) -> Batch:
         """Embed ``ids`` ``[b, T]`` and record how every block would be called.
@@ -50,7 +50,7 @@ class Recorder:
         Raises:
             LowBitError: blocks run in another order than they are listed, or more than once.
         """
-        if self._first is None:
+        if not self._known:
             self._learn_form(ids)
         calls: list[Call] = []
         seen: list[Tensor] = []
@@ -71,16 +71,16 @@ class Recorder:
             self.model(input_ids=ids.to(self.model.device), use_cache=False)
         if len(calls) != len(self.blocks):
             raise LowBitError(f"the model ran {len(calls)} of its {len(self.blocks)} blocks; calibration needs all of them.")
-        self._first = self._first or calls
-        calls = [_shared(call, known) for call, known in zip(calls, self._first, strict=True)]
-        hidden = seen[0].float().clone()
+        first = self._known.setdefault(len(ids), calls)
+        calls = [_shared(call, known) for call, known in zip(calls, first, strict=True)]
+        hidden = seen[0].cpu().float().clone()
         return Batch(ids, hidden, hidden, calls)
 
     def tail(self, ids: Tensor, hidden: Tensor) -> Any:
         """What follows the last block: the model's output for final hidden states ``[b, T, D]``, with gradients."""
 
         def stand_in(number: int, before: Tensor, call: Call) -> Tensor:
-            return hidden.to(before.dtype) if number + 1 == len(self.blocks) else before
+            return hidden.to(before.device, before.dtype) if number + 1 == len(self.blocks) else before
 
         with self._without_blocks(stand_in):
             return self.model(input_ids=ids.to(self.model.device), use_cache=False)
@@ -90,9 +90,9 @@ class Recorder:
         found: list[Any] = []
 
         def stand_in(number: int, hidden: Tensor, call: Call) -> Tensor:
-            module = self.blocks[0].open().module
-            name = {} if call.keyword is None else {call.keyword: hidden.float()}
-            first = () if call.keyword is not None else (hidden.float(),)
+            module, hidden = self.blocks[0].open().module, hidden.cpu().float()
+            name = {} if call.keyword is None else {call.keyword: hidden}
+            first = () if call.keyword is not None else (hidden,)
             found.append(module(*first, *call.args, **call.kwargs, **name))
             raise Stop
 
@@ -130,7 +130,8 @@ def _split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Ca
 
 def _as_float(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().float() if value.is_floating_point() else value.detach()
+        value = value.detach().cpu()
+        return value.float() if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):
         return type(value)(_as_float(item) for item in value)
     return value

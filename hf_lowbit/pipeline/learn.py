@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def learn(
     specs: Mapping[str, Spec],
     tensors: dict[str, LowBitTensor],
     batches: Sequence[Batch],
-    call: Call,
+    calls: Callable[[int], Call],
     count: int,
     share: Share,
 ) -> dict[str, Any]:
@@ -34,12 +35,12 @@ def learn(
     Args:
         opened: the working copy with all sites quantized; sites that are not learned stay so.
         batches: those of this process, of ``count`` in all.
-        call: how the block is called for a single sequence, which must serve any number of them.
+        calls: how the block is called for some number of sequences.
 
     Raises:
         LowBitError: the block's arguments depend on the text.
     """
-    if any(batch.calls[opened.number] is not batches[0].calls[opened.number] for batch in batches):
+    if any(batch.calls[opened.number] is not calls(len(batch.ids)) for batch in batches):
         raise LowBitError(
             f"the arguments of {block.name} depend on the text, so its windows cannot be shuffled for learning. Use gptq."
         )
@@ -48,8 +49,8 @@ def learn(
     found: tuple[dict[str, LowBitTensor], dict[str, Any]] | None = None
     if share.rank == 0:
         with torch.no_grad():
-            targets = torch.cat([original(part, call) for part in originals.split(len(batches[0].ids))])
-        found = _learn(block, opened, original, specs, tensors, (hidden, originals, targets), call)
+            targets = torch.cat([original(part, calls(len(part))) for part in originals.split(len(batches[0].ids))])
+        found = _learn(block, opened, original, specs, tensors, (hidden, originals, targets), calls)
     found = share.same(found)
     assert found is not None
     tensors |= found[0]
@@ -63,7 +64,7 @@ def _learn(
     specs: Mapping[str, Spec],
     tensors: Mapping[str, LowBitTensor],
     states: tuple[Tensor, Tensor, Tensor],
-    call: Call,
+    calls: Callable[[int], Call],
 ) -> tuple[dict[str, LowBitTensor], dict[str, Any]]:
     first = next(iter(specs.values()))
     entry = SOLVERS[first.method]
@@ -73,11 +74,12 @@ def _learn(
     matrices = {}
     for name, spec in specs.items():
         site = original.sites[name]
-        matrices[name] = Matrix(site.turned(site.parameter.detach()), spec, tensors[name])
+        matrices[name] = Matrix(site.turned(site.parameter.detach()).contiguous(), spec, tensors[name])
 
     def run(hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
         placed = {opened.sites[name].local: opened.sites[name].turned(dense) for name, dense in weights.items()}
-        return call.run(lambda *args, **kwargs: functional_call(opened.module, placed, args, kwargs), hidden)
+        module = partial(functional_call, opened.module, placed)
+        return calls(len(hidden)).run(lambda *args, **kwargs: module(args, kwargs), hidden)
 
     row = reconstruct(matrices, run, *states, options, first.seed)
     row = {"name": block.name, "method": first.method, **row}

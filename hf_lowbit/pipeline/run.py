@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from hf_lowbit.errors import BadRequest, LowBitError, WeightError
+from hf_lowbit.errors import BadRequest, WeightError
 from hf_lowbit.format.ledger import ledger
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.format.tensor import LowBitTensor
-from hf_lowbit.pipeline.blocks import Block, Call, OpenBlock, find_groups
+from hf_lowbit.pipeline.blocks import Block, Call, OpenBlock, Site, find_groups
 from hf_lowbit.pipeline.fisher import sensitivities
 from hf_lowbit.pipeline.forward import Batch, Recorder, check_finite
 from hf_lowbit.pipeline.gather import gather
@@ -85,7 +86,7 @@ class Run:
     done: Callable[[Block, dict[str, LowBitTensor], Report], None] = lambda block, tensors, report: None
     share: Share = field(default_factory=Share)
     finished: set[str] = field(default_factory=set, init=False)
-    _single: list[Call] = field(default_factory=list, init=False)
+    _calls: dict[int, Sequence[Call]] = field(default_factory=dict, init=False)
 
     def __call__(self) -> None:
         """Solve all blocks.
@@ -113,13 +114,13 @@ class Run:
         world = self.share.world
         for first in range(0, len(self.blocks), world):
             turn = self.blocks[first : first + world]
-            solved = None
+            solved: Any = None
             for number, block in enumerate(turn):
                 if self.share.mine(number) and block.name not in self.finished:
-                    solved = self._solve_plain(block)
+                    solved = _attempt(partial(self._solve_plain, block))
             for number, block in enumerate(turn):
                 if block.name not in self.finished:
-                    self._keep(block, *self.share.from_owner(solved, number))
+                    self._keep(block, *self.share.owners(number, solved))
                 self.done(block, *self._kept(block))
 
     def _solve_plain(self, block: Block) -> tuple[dict[str, LowBitTensor], Report]:
@@ -163,7 +164,7 @@ class Run:
         tensors: dict[str, LowBitTensor] = {}
         report: Report = []
         first = batches[0]
-        for group in find_groups(opened, first.hidden, first.calls[opened.number]):
+        for group in self.share.same(find_groups(opened, first.hidden, first.calls[opened.number])):
             kinds = {SOLVERS[self.specs[name].method].evidence for name in group.names}
             found: list[Statistics] = []
             if group.seen and kinds != {"none"}:
@@ -176,18 +177,18 @@ class Run:
         learned = [name for name in tensors if SOLVERS[self.specs[name].method].evidence == "block"]
         if learned:
             specs = {name: self.specs[name] for name in learned}
-            call, count = self._single_call(opened.number), -(-len(self.windows) // self.batch)
-            report.append(learn(block, opened, original, specs, tensors, batches, call, count, self.share))
+            calls, count = partial(self._call, opened.number), -(-len(self.windows) // self.batch)
+            report.append(learn(block, opened, original, specs, tensors, batches, calls, count, self.share))
             for name in learned:
                 _put(opened, name, tensors[name])
         self._keep(block, {name: tensors[name] for name in block.sites}, report)
 
-    def _single_call(self, number: int) -> Call:
-        """How a block is called for one sequence: arguments that fit any number of them."""
+    def _call(self, number: int, sequences: int) -> Call:
+        """How a block is called for some number of sequences."""
         assert self.recorder is not None and self.windows is not None
-        if not self._single:
-            self._single = list(self.recorder.batch(self.windows[:1]).calls)
-        return self._single[number]
+        if sequences not in self._calls:
+            self._calls[sequences] = self.recorder.batch(self.windows[:sequences]).calls
+        return self._calls[sequences][number]
 
     def _target(self, name: str) -> str:
         entry = SOLVERS[self.specs[name].method]
@@ -200,13 +201,14 @@ class Run:
         tensors: dict[str, LowBitTensor] = {}
         report: Report = []
         for number, name in enumerate(names):
-            row: dict[str, Any] = {"name": name}
-            tensor, site = None, opened.sites[name]
-            if self.share.mine(number):
+            site = opened.sites[name]
+
+            def solve_it(name: str = name, site: Site = site) -> tuple[LowBitTensor, dict[str, Any]]:
+                row: dict[str, Any] = {"name": name}
                 weight = site.turned(site.parameter.detach())
-                tensor = _solve(name, weight, self.specs[name], found.get(name, ()), row, unseen)
-            tensor, row = self.share.from_owner((tensor, row), number)
-            assert tensor is not None
+                return _solve(name, weight, self.specs[name], found.get(name, ()), row, unseen), row
+
+            tensor, row = self.share.owners(number, solve_it)
             _put(opened, name, tensor)
             tensors[name] = tensor
             report.append(row)
@@ -214,18 +216,10 @@ class Run:
 
     def _keep(self, block: Block, tensors: dict[str, LowBitTensor], report: Report) -> None:
         """Store a finished block; the first process alone writes."""
-        failure: LowBitError | None = None
-        if self.share.rank == 0:
-            try:
-                self.store.put(block.name, tensors, report)
-            except LowBitError as error:
-                failure = error
-        failure = self.share.same(failure)
-        if failure is not None:
-            raise failure
+        self.share.owners(0, lambda: self.store.put(block.name, tensors, report))
 
     def _kept(self, block: Block) -> tuple[dict[str, LowBitTensor], Report]:
-        return self.share.same(self.store.get(block.name) if self.share.rank == 0 else None)
+        return self.share.owners(0, lambda: self.store.get(block.name))
 
 
 def _solve(

@@ -7,13 +7,18 @@ result has the same bytes whatever the number of processes.
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_lowbit.errors import LowBitError
 from hf_lowbit.solvers.statistics import ExactSum
+
+Result = TypeVar("Result")
 
 
 class Share:
@@ -49,8 +54,22 @@ class Share:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=number % self.world)
+        with _together():
+            dist.broadcast_object_list(box, src=number % self.world)
         return box[0]
+
+    def owners(self, number: int, make: Callable[[], Result]) -> Result:
+        """``make()`` of the process that piece ``number`` falls to, in all of them; what it refuses is refused in all."""
+        value: Any = None
+        if self.mine(number):
+            try:
+                value = make()
+            except LowBitError as error:
+                value = error
+        value = self.from_owner(value, number)
+        if isinstance(value, LowBitError):
+            raise value
+        return value
 
     def add_up(self, total: ExactSum, shape: tuple[int, ...]) -> None:
         """Complete a sum over all processes, in place; ``shape`` serves a process that had nothing to add."""
@@ -58,23 +77,35 @@ class Share:
             return
         if total.total is None:
             total.total = torch.zeros(shape, dtype=torch.int64)
-        dist.all_reduce(total.total)
+        with _together():
+            dist.all_reduce(total.total)
 
     def count(self, number: int) -> int:
         """Sum of a whole number over all processes."""
         if self.world == 1:
             return number
         box = torch.tensor(number, dtype=torch.int64)
-        dist.all_reduce(box)
+        with _together():
+            dist.all_reduce(box)
         return int(box)
 
     def largest(self, values: Tensor) -> Tensor:
         """Elementwise maximum over all processes."""
         if self.world > 1:
-            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+            with _together():
+                dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
         if self.world > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LowBitError("another process of this run ended; its own message says why.") from error

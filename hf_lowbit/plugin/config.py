@@ -136,8 +136,12 @@ class LowBitConfig(QuantizationConfigMixin):
         return self._changed(change)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values only; what ``config.json`` gets."""
-        return copy.deepcopy(self.__dict__)
+        """JSON values only; what ``config.json`` gets. Calibration texts and windows in memory are left out."""
+        values = {key: value for key, value in self.__dict__.items() if key != "calibration"}
+        source = self.calibration
+        if isinstance(source, Mapping):
+            source = {key: _plain(value) for key, value in source.items()}
+        return copy.deepcopy(values) | {"calibration": source if isinstance(source, dict) else _plain(source)}
 
     def _embedding_bits(self) -> int:
         """Six bits, or the width asked for where the method or its levels cannot go up to six."""
@@ -154,6 +158,10 @@ class LowBitConfig(QuantizationConfigMixin):
         if change.get("method", self.method) != self.method:
             own["options"] = {}  # they are of the other method
         return Spec.from_json(own | dict(change))
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, (str, int, float)) else "in memory"
 
 
 def _typed(name: str, value: Any, kind: Any, wanted: str) -> Any:

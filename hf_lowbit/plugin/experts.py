@@ -7,6 +7,7 @@ transient memory is one expert instead of the layer.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ class LowBitExperts(LowBitModule):
 
     def watch(self, parameter: str, sink: Callable[[int, Tensor], None]) -> RemovableHandle:
         """Tell ``sink`` the number of an expert and its inputs ``[tokens, in]`` at every use of a stack."""
-        watched = self.__dict__.setdefault("_watched", {})
+        watched = self.__dict__.setdefault("_watched", OrderedDict())
         handle = RemovableHandle(watched)
         watched[handle.id] = (parameter, sink)
         return handle
@@ -67,7 +68,7 @@ class LowBitExperts(LowBitModule):
             choice = self.choice(parameter)
             y = choice.backend.linear(x, choice.backend.prepare(self.lowbit(parameter).expert(expert)))
         else:  # while a block is being solved
-            weight = self.get_parameter(parameter)[expert]
+            weight = getattr(self, parameter)[expert]
             y = nn.functional.linear(x, weight.T if self.is_transposed else weight)
         bias = getattr(self, f"{parameter}_bias", None) if self.has_bias else None
         return y if bias is None else y + bias[expert].to(y.dtype)

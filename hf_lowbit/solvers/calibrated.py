@@ -23,6 +23,9 @@ from hf_lowbit.solvers.parallel import all_threads
 from hf_lowbit.solvers.registry import Solver
 from hf_lowbit.solvers.statistics import Statistics
 
+# Rows that tell whether error feedback helped, and how large the layer's output is: three products with the whole Gram
+# matrix, of every row, would cost as much as a sweep.
+SAMPLE_ROWS = 256
 # Settings that every solver on Gram matrices has.
 GRAM_OPTIONS: dict[str, Any] = {"damping": 0.01, "order": "activation", "target": "original", "sweeps": 3}
 
@@ -87,15 +90,16 @@ class Calibrated:
             coding = Coding.read(stage, fields, target.shape[1], start, stop, number)
             if excluded is not None:
                 coding.free, coding.held = _free(excluded, start, stop, target.shape[1]), part.clone()
-            nearest = objective(coding, part, made.gram)
-            before = coding.codes.clone()
+            few, picked = coding.sample(SAMPLE_ROWS)
+            nearest, before = objective(few, part[picked], made.gram), coding.codes.clone()
             feed_back(coding, part, made)
-            if objective(coding, part, made.gram) > nearest:
+            if objective(coding.sample(SAMPLE_ROWS)[0], part[picked], made.gram) > nearest:
                 coding.codes.copy_(before)  # a very coarse grid can make feedback run away
                 coding.held = None if excluded is None else part.clone()
             left += descend(coding, part, made.gram, self.option("sweeps"))[1]
             if first:
-                self.energy += float(((part @ made.gram) * part).sum(dtype=torch.float64))
+                through = part[picked] @ made.gram
+                self.energy += float((through * part[picked]).sum(dtype=torch.float64)) * len(part) / len(picked)
             coding.write(fields, start, stop, number)
             if coding.held is not None and coding.free is not None:
                 wanted[start:stop] = torch.where(coding.free, coding.held, part)

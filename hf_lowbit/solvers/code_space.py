@@ -11,8 +11,9 @@ from torch import Tensor
 from hf_lowbit.solvers.coding import Coding
 from hf_lowbit.solvers.relaxation import ParameterGroup, Relaxation
 
-# Latents start within this of their code, so that they round to it and only a gradient that keeps its sign for a while moves
-# a code: at 0.45 a fifth of all codes changed in the first steps and the loss rose by a quarter (2 bits, 4 M model).
+# Latents start within this of their code, so that only a gradient that keeps its sign for a while moves a code. From up to
+# 0.45 away, at 2 bits, 13 % of the codes of a block of the 4 M reference model changed in 200 steps, its training loss rose
+# from 276 to 340 on the way, and less was gained than in 100 steps from 0.2 (1.7 % against 3.2 %).
 EDGE = 0.2
 
 

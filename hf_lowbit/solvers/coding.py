@@ -121,9 +121,35 @@ class Coding:
             cut(self.held),
         )
 
+    def sample(self, count: int) -> tuple[Coding, Tensor]:
+        """A copy of up to ``count`` rows, evenly spread, and their numbers int64 ``[n]``."""
+        picked = torch.linspace(0, len(self.codes) - 1, min(count, len(self.codes))).round().long()
+
+        def take(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[picked]
+
+        few = Coding(
+            self.stage,
+            self.codes[picked],
+            self.scale[picked],
+            take(self.offset),
+            take(self.step),
+            take(self.offset_step),
+            self.tables,
+            take(self.ids),
+            take(self.free),
+            take(self.held),
+        )
+        return few, picked
+
     def spread(self, values: Tensor) -> Tensor:
         """One value per group ``[n, groups]`` to one per weight ``[n, in]``."""
         return values.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]]
+
+    def columns(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Scales, their inverses (0 of 0) and offsets with the rows last, float32 ``[groups, n]``."""
+        scale = self.scale.T.contiguous()
+        return scale, torch.where(scale != 0, 1 / scale, 0.0), None if self.offset is None else self.offset.T.contiguous()
 
     def levels(self) -> Tensor:
         """Level of every code, float32 ``[n, in]``."""
@@ -151,7 +177,7 @@ def on_grid(values: Tensor, step: Tensor | None, bits: int) -> Tensor:
 
 
 class Nearest:
-    """Exact nearest codes of single columns, for one table or a table per row.
+    """Exact nearest codes of single columns and their levels, for one table or a table per row.
 
     Args:
         coding: whose tables and rows.
@@ -159,8 +185,10 @@ class Nearest:
 
     def __init__(self, coding: Coding) -> None:
         middles = (coding.tables[:, 1:] + coding.tables[:, :-1]) / 2
-        self.one = middles[0] if coding.ids is None else None
+        self.flat = coding.tables.flatten()
+        self.one = middles[0].contiguous() if coding.ids is None else None
         self.each = None if coding.ids is None else middles[coding.ids].contiguous()
+        self.first = None if coding.ids is None else coding.ids * coding.tables.shape[1]
 
     def __call__(self, values: Tensor) -> Tensor:
         """Codes int64 ``[n]`` nearest to ``values`` ``[n]``, already divided by their scales."""
@@ -168,3 +196,7 @@ class Nearest:
             return torch.bucketize(values, self.one)
         assert self.each is not None
         return torch.searchsorted(self.each, values[:, None])[:, 0]
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """Levels float32 ``[n]`` of one column's codes."""
+        return self.flat.index_select(0, codes if self.first is None else codes + self.first)

@@ -14,11 +14,13 @@ from torch import Tensor
 from hf_lowbit.solvers.coding import Coding, Nearest
 from hf_lowbit.solvers.parallel import all_threads, in_parallel
 
-COLUMNS = 128
+# Columns whose errors are passed on among themselves one by one, and to the rest together.
+COLUMNS = 32
 # Rows that one thread works on at a time; fixed, so that the number of threads cannot change a result.
-ROWS = 512
-# Damping is raised tenfold this often before the factorization is tried in float64.
+ROWS = 2048
+# Damping is raised tenfold this often before the factorization is tried in float64; where none was asked for, from this.
 ATTEMPTS = 4
+LEAST_DAMPING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def factor(gram: Tensor, damping: float, order: str) -> Factor | None:
     level = float(gram.diagonal().mean())
     if not (level > 0 and level < float("inf")):
         return None
-    steps = [(damping * 10**k, torch.float32) for k in range(ATTEMPTS + 1)]
+    raised = [(damping or LEAST_DAMPING) * 10**k for k in range(1, ATTEMPTS + 1)]
+    steps = [(share, torch.float32) for share in (damping, *raised)]
     steps.append((steps[-1][0], torch.float64))
     visited = gram.diagonal().argsort(descending=True, stable=True) if order == "activation" else torch.arange(len(gram))
     with all_threads():
@@ -91,34 +94,30 @@ def feed_back(coding: Coding, target: Tensor, found: Factor) -> None:
 
 
 def _feed_rows(coding: Coding, target: Tensor, found: Factor) -> None:
-    order, count = found.order, target.shape[1]
-    work = target[:, order]
-    scale = coding.spread(coding.scale)[:, order]
-    offset = None if coding.offset is None else coding.spread(coding.offset)[:, order]
-    inverse_scale = torch.where(scale != 0, 1 / scale, 0.0)
-    free = None if coding.free is None else coding.free[:, order]
+    order, count = found.order.tolist(), target.shape[1]
+    # One column of weights after the other is read and written, so columns lie contiguous here.
+    work = target.T[found.order].contiguous()
+    scale, inverse, offset = coding.columns()
+    free = None if coding.free is None else coding.free.T[found.order].contiguous()
     nearest = Nearest(coding)
-    codes = torch.empty_like(coding.codes)
+    diagonal = found.upper.diagonal().tolist()
+    codes = torch.empty(work.shape, dtype=torch.int64)
     for first in range(0, count, COLUMNS):
         last = min(first + COLUMNS, count)
-        errors = torch.empty(len(target), last - first)
-        upper = found.upper[first:last, first:last]
+        errors = torch.empty(last - first, len(target))
         for column in range(first, last):
-            value = work[:, column]
-            if offset is None:
-                code = nearest(value * inverse_scale[:, column])
-                level = coding.levels_of(code[:, None])[:, 0] * scale[:, column]
-            else:
-                code = nearest((value - offset[:, column]) * inverse_scale[:, column])
-                level = coding.levels_of(code[:, None])[:, 0] * scale[:, column] + offset[:, column]
-            codes[:, column] = code
-            place = column - first
-            error = (value - level) / upper[place, place]
+            group, value = order[column] // coding.group_size, work[column]
+            shifted = value if offset is None else value - offset[group]
+            code = nearest(shifted * inverse[group])
+            error = torch.addcmul(shifted, nearest.levels(code), scale[group], value=-1).div_(diagonal[column])
+            codes[column] = code
             if free is not None:
-                error = torch.where(free[:, column], 0.0, error)
-            work[:, column + 1 : last] -= error[:, None] * upper[place, place + 1 :]
-            errors[:, place] = error
-        work[:, last:] -= errors @ found.upper[first:last, last:]
-    coding.codes[:, order] = codes
+                error.masked_fill_(free[column], 0.0)
+            work[column + 1 : last].addr_(found.upper[column, column + 1 : last], error, alpha=-1)
+            errors[column - first] = error
+        work[last:].addmm_(found.upper[first:last, last:].T, errors, alpha=-1)
+    back = torch.empty_like(found.order)
+    back[found.order] = torch.arange(count)
+    coding.codes.copy_(codes[back].T)
     if coding.held is not None:
-        coding.held[:, order] = work
+        coding.held.copy_(work[back].T)

@@ -1,4 +1,4 @@
-"""``gumbel``: codes drawn from a softmax over the nearest levels that hardens while it is learned.
+"""``gumbel``: codes as a softmax over the nearest levels that hardens while it is learned, with Gumbel noise on request.
 
 GSQ (arXiv 2604.18556): logits start at the codes of error feedback, Gumbel noise explores, the temperature falls and the
 logits' scale rises until one level is left. Up to five candidate levels per weight; group scales are learned along.
@@ -21,12 +21,14 @@ from hf_lowbit.solvers.relaxation import relaxation
 from hf_lowbit.solvers.rows import Rows
 
 TEMPERATURE = (2.0, 0.05)
+# Without noise 100 steps take KL at 2 bits from 0.089 to 0.073 on the 4 M reference model. The paper draws noise over
+# thousands of steps, which is ``noise=1``; not measured on a model.
 OPTIONS = {**GRAM_OPTIONS, **LEARN_OPTIONS, "noise": 0.0}
 
 
 @solver(
     "gumbel",
-    summary="codes sampled from a hardening softmax over the nearest levels, learned against the outputs of each block",
+    summary="codes of a hardening softmax over the nearest levels, learned against the outputs of each block",
     evidence="block",
     optional=False,
     options=OPTIONS,

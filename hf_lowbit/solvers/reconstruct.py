@@ -26,14 +26,14 @@ from hf_lowbit.solvers.relaxation import RELAXATIONS
 # Settings that every method on whole blocks has. `batch` is sequences per step; rates are per step, of codes in codes, of
 # scales relative to themselves, of tables in gaps between levels.
 LEARN_OPTIONS: dict[str, Any] = {
-    "steps": 200,
-    "batch": 8,
+    "steps": 100,
+    "batch": 4,
     "code_rate": 0.01,
     "scale_rate": 0.001,
     "table_rate": 0.001,
     "loss": "mse",
     "optimizer": "adam",
-    "mixing": 0.5,
+    "mixing": 0.0,
     "learn": "all",
 }
 # One sequence in this many is kept out of the steps, to choose the state that is kept by.

@@ -19,6 +19,8 @@ from hf_lowbit.errors import LowBitError
 
 # Fixed-point sums leave this many bits for later batches to be larger than the first one.
 HEADROOM = 24
+# Values converted at a time: a Gram matrix of 8,192 inputs whole would take 1.5 GB of float64 temporaries.
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -89,34 +91,43 @@ class ExactSum:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.exponent: int | None = None
+        self._reach = 0.0  # no element of the sum is larger
 
     def fix_grid(self, largest: float) -> None:
-        """Choose the grid from the largest magnitude a first addend has; every process must be given the same number."""
-        self.exponent = 62 - HEADROOM - int(torch.frexp(torch.tensor(max(largest, 1e-30))).exponent)
+        """Choose the grid from the largest magnitude a first addend has; every process must be given the same number.
+
+        A first addend of zeros says nothing: the grid is then that of ones.
+        """
+        self.exponent = 62 - HEADROOM - int(torch.frexp(torch.tensor(largest if largest > 0 else 1.0)).exponent)
 
     def add(self, value: Tensor) -> None:
         """Add one tensor.
 
         Raises:
-            LowBitError: NaN, infinity, or values 2**24 times larger than the first addend's.
+            LowBitError: NaN, infinity, or a sum 2**23 times larger than the first addend.
         """
         top = float(torch.linalg.vector_norm(value, float("inf")))
         if self.exponent is None:
             self.fix_grid(top)
         assert self.exponent is not None
-        if not top * 2.0**self.exponent < 2.0**61:
+        if not (self._reach + top) * 2.0**self.exponent < 2.0**61:
             raise LowBitError(
                 f"calibration inputs reach {top}, far beyond those of the first batch: the model overflows on this text. "
                 "Use other calibration text, or a checkpoint whose activations are finite."
             )
-        fixed = torch.ldexp(value.double(), torch.tensor(self.exponent, dtype=torch.float64)).round_().to(torch.int64)
+        self._reach += top
         if self.total is None:
-            self.total = fixed
-        else:
-            self.total += fixed
+            self.total = torch.zeros(value.shape, dtype=torch.int64)
+        scale = 2.0**self.exponent
+        flat, into = value.reshape(-1), self.total.view(-1)
+        for start in range(0, len(flat), PIECE):
+            into[start : start + PIECE] += (flat[start : start + PIECE].double() * scale).round_().to(torch.int64)
 
     def mean(self, count: int) -> Tensor:
         """The sum over ``count``, float32."""
         assert self.total is not None and self.exponent is not None
-        scale = torch.tensor(-self.exponent, dtype=torch.float64)
-        return (torch.ldexp(self.total.double(), scale) / max(count, 1)).float()
+        out = torch.empty(self.total.shape)
+        into, fixed, scale = out.view(-1), self.total.view(-1), 2.0**-self.exponent / max(count, 1)
+        for start in range(0, len(into), PIECE):
+            into[start : start + PIECE] = fixed[start : start + PIECE].double() * scale
+        return out

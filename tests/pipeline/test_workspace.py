@@ -275,10 +275,14 @@ def test_leftovers_of_a_kill_go_at_the_next_open(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["mine"]  # what others put there is theirs
 
 
-def test_a_run_killed_after_its_result_stood_leaves_no_workspace(tmp_path):
+@pytest.mark.parametrize("stands", [True, False])
+def test_a_run_killed_around_the_moment_its_result_stands(tmp_path, stands):
     folder = begun(tmp_path / "out")
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"handing_over": True}))
-    fill_out(tmp_path / "out")
+    if not stands:
+        (folder / "result").mkdir()
+    fill_out(tmp_path / "out")  # the result, or what others put there since
     opening(tmp_path / "out", "out exists and is not an empty directory")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(list(folder.glob("part-*"))) == (0 if stands else 2)
+    assert folder.exists() != stands

@@ -26,6 +26,11 @@ KINDS = {
 }
 
 
+def kinds(bits: int) -> dict[str, dict]:
+    """Those of ``KINDS`` that have tables of this width."""
+    return {name: values for name, values in KINDS.items() if bits > 1 or name != "power"}
+
+
 @dataclass
 class Case:
     """A weight relative to its shift (0), one stage of it, and its coding."""

@@ -26,7 +26,7 @@ def spoil(case, share: float, seed: int) -> None:
     case.coding.codes.copy_(torch.where(changed, codes, case.coding.codes))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     kind=KIND,
     bits=st.integers(1, 5),
@@ -43,6 +43,7 @@ def spoil(case, share: float, seed: int) -> None:
 def test_descent_never_raises_the_objective(
     codings, kind, bits, rows, size, group, tables, free, share, tokens, sweeps, seed
 ):
+    bits = bits if kind in codings.kinds(bits) else 2
     case = codings.make(rows, size, bits, kind, tables if "fitted" in kind else 1, seed, min(group, size))
     gram = factor(codings.gram_of(codings.inputs(tokens, size, seed)), 0.01, "given").gram
     spoil(case, share, seed)
@@ -57,7 +58,7 @@ def test_descent_never_raises_the_objective(
         assert after <= before * (1 + 1e-5) + 1e-6
         assert after == pytest.approx(objective(coding, case.weight, gram), rel=1e-9)
         last = after
-    assert (coding.tables.diff() > 0).all()
+    assert (coding.tables.diff() >= 0).all()
     written = case.decoded()
     if coding.free is not None:
         written = torch.where(coding.free, coding.held, written)
@@ -90,8 +91,11 @@ def test_no_single_code_or_scale_could_be_better_at_the_end(codings):
             case.coding.codes[row, column] = kept
         for group in range(2):
             kept_scale = float(case.coding.scale[row, group])
-            for change in (-1, 1):
-                case.coding.scale[row, group] = kept_scale + change * float(case.coding.step[row, group])
+            step = float(case.coding.step[row, group])
+            for other in (kept_scale - step, kept_scale + step):
+                if abs(other) > 31.5 * step:
+                    continue
+                case.coding.scale[row, group] = other
                 assert objective(case.coding, case.weight, gram) >= least * (1 - 1e-5)
             case.coding.scale[row, group] = kept_scale
 
@@ -107,13 +111,36 @@ def test_blocks_of_columns_and_rows_do_not_change_the_outcome(kind, monkeypatch,
     assert torch.equal(one.coding.codes, other.coding.codes)
 
 
-def test_tables_fitted_to_some_of_the_rows_are_kept_only_if_they_serve_all(monkeypatch, codings):
-    gram = codings.gram_of(codings.inputs(100, 64))
+def test_tables_are_kept_only_if_they_serve_all_rows(monkeypatch, codings):
+    case, gram = codings.make(), codings.gram_of(codings.inputs(100, 64))
+    tables = case.coding.tables.clone()
+    monkeypatch.setattr(descent, "_solve_table", lambda coding, target, gram, rows, old: old * 1.5)
+    _, after = descend(case.coding, case.weight, gram, 1)
+    assert torch.equal(case.coding.tables, tables)
+    assert after == objective(case.coding, case.weight, gram)
+
+
+def test_a_table_may_be_fitted_to_some_of_the_rows(monkeypatch, codings):
+    gram, seen = codings.gram_of(codings.inputs(100, 64)), []
+    plain = descent._solve_table
     monkeypatch.setattr(descent, "TABLE_WORK", 0)
-    for seed in range(5):
-        case = codings.make(64, seed=seed)
+    monkeypatch.setattr(descent, "_solve_table", lambda c, t, g, rows, old: seen.append(rows) or plain(c, t, g, rows, old))
+    case = codings.make(64)
+    before, after = descend(case.coding, case.weight, gram, 1)
+    assert after < before and len(seen[0]) == 16 and seen[0][-1] == 63
+
+
+@pytest.mark.parametrize("kind", ["affine", "affine-8", "integer-6", "fitted"])
+def test_moves_of_scales_and_offsets_never_raise_the_objective(kind, monkeypatch, codings):
+    monkeypatch.setattr(descent, "_move_codes", lambda coding, nearest, column, group, pull, curvature: 0 * pull)
+    monkeypatch.setattr(descent, "_refit_tables", lambda coding, target, gram, now: now)
+    for seed in range(8):
+        case = codings.make(1, 64, kind=kind, group=64, seed=seed)
+        gram = codings.gram_of(codings.inputs(100, 64, seed) + 2)
+        spoil(case, 0.5, seed)
         before, after = descend(case.coding, case.weight, gram, 1)
-        assert after <= before
+        best = descend(case.coding, case.weight, gram, 20)[1]
+        assert best <= after < before
 
 
 def test_storable_values_are_the_nearest_ones():
@@ -130,9 +157,15 @@ def test_the_target_minimises_the_error_on_the_original_outputs(codings):
     spec = Spec(method="gptq", options={"damping": 0.0})
     found = Statistics(300, codings.gram_of(x), x.mean(0), x.abs().amax(0), original.T @ x / 300)
     target = Calibrated(SOLVERS["gptq"], spec, [found]).targets(weight)
-    best = torch.linalg.lstsq(x.double(), (original @ weight.T).double()).solution.T
-    assert torch.allclose(target.double(), best, atol=1e-4)
-    assert not torch.allclose(target, weight, atol=1e-2)
+    wanted = (original @ weight.T).double()
+    best = torch.linalg.lstsq(x.double(), wanted).solution.T
+
+    def error(values: torch.Tensor) -> float:
+        return float((wanted - x.double() @ values.double().T).square().sum())
+
+    assert error(target) == pytest.approx(error(best), rel=1e-6)
+    assert error(weight) > 1.01 * error(best)
+    torch.testing.assert_close(target.double(), best, rtol=1e-2, atol=1e-3)
 
 
 def test_the_target_is_the_weight_where_the_prefix_changes_nothing(codings):
