@@ -21,6 +21,8 @@ FIT_SECONDS = {"powerquant": 8e-8, "nupes": 8e-8, "rtn": 2.7e-8, "squeezellm": 1
 FITTED_SECONDS = 1.3e-7
 # Seconds per column step of error feedback or descent that are not arithmetic: a dozen small torch calls.
 STEP_SECONDS = 2.5e-4
+# Rows solved to learn the form of a layout: more than any method shares its tables among.
+ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Estimate:
     """What a run is expected to take.
 
     Attributes:
-        bytes: of the stored matrices; exact, but for what else the checkpoint holds.
+        bytes: of the checkpoint without headers, taking what stays dense as 16 bits.
+        low_bit_bytes: of the quantized matrices; exact.
         bits_per_weight: of the matrices inside blocks.
         peak_bytes: anonymous memory, without the result where it is written to files as it is made.
         seconds: on this machine, from its speed in matrix products just measured; good to a factor of two.
@@ -36,6 +39,7 @@ class Estimate:
     """
 
     bytes: int
+    low_bit_bytes: int
     bits_per_weight: float
     peak_bytes: int
     seconds: float
@@ -62,24 +66,21 @@ class BlockShape:
 
 
 def layout_of(shape: tuple[int, ...], spec: Spec) -> Layout:
-    """The layout a solve of a ``shape`` weight will have; a narrow random matrix is solved to learn its form."""
-    entry = SOLVERS[spec.method]
-    rows = min(16, prod(shape[:-1]))
-    weight = torch.randn(rows, shape[-1], generator=torch.Generator().manual_seed(0))
-    in_features = shape[-1]
-    statistics = []
+    """The layout a solve of a ``shape`` weight will have; a few random rows of each matrix are solved to learn its form."""
+    entry, in_features = SOLVERS[spec.method], shape[-1]
+    few = (*shape[:-2], min(ROWS, shape[-2]), in_features)
+    weight = torch.randn(few, generator=torch.Generator().manual_seed(0))
+    statistics: list[Statistics] = []
     if not entry.optional:
-        spec = replace(spec, options={**spec.options, **({"sweeps": 0} if "sweeps" in entry.options else {})})
-        one = torch.ones(in_features)
-        gram = torch.zeros(in_features, in_features) if entry.evidence != "fisher" else torch.eye(in_features)
-        statistics = [Statistics(0, gram, one, one, sensitivity=torch.ones_like(weight))]
+        one, gram = torch.ones(in_features), torch.eye(in_features) * (entry.evidence == "fisher")
+        sensitivity = torch.ones(few[-2:])
+        statistics = [Statistics(0, gram, one, one, sensitivity=sensitivity)] * (shape[0] if len(shape) == 3 else 1)
     layout = solve(weight, spec, statistics=statistics).layout
-    all_rows, stack = prod(shape[:-1]), shape[0] if len(shape) == 3 else 1
     stages = []
     for stage in layout.stages:
-        tables = all_rows if stage.tables == rows and stage.tables > 1 and not stage.table_ids else stage.tables * stack
-        stages.append(replace(stage, tables=tables if stage.levels.stored else 1))
-    outliers = max(1, round(spec.outliers * all_rows * in_features)) if spec.outliers else 0
+        by_row = stage.tables == prod(few[:-1]) and stage.tables > 1
+        stages.append(replace(stage, tables=prod(shape[:-1]) if by_row else stage.tables))
+    outliers = max(1, round(spec.outliers * prod(shape))) if spec.outliers else 0
     return replace(layout, shape=shape, stages=tuple(stages), outliers=outliers)
 
 
@@ -87,6 +88,7 @@ def estimate(
     blocks: Sequence[BlockShape],
     specs: Mapping[str, Spec],
     outside: Mapping[str, tuple[int, ...]],
+    dense: int,
     windows: int,
     length: int,
 ) -> Estimate:
@@ -95,6 +97,7 @@ def estimate(
     Args:
         specs: of all sites, those outside of blocks included.
         outside: shapes of what lies outside the blocks.
+        dense: weights that stay in high precision.
         windows, length: calibration windows and their tokens; 0 windows for none.
     """
     known: dict[tuple[tuple[int, ...], str], Layout] = {}
@@ -116,7 +119,7 @@ def estimate(
         _add_calibrated(parts, block, specs, tokens, rate)
     peak = max(_peak(block, specs, windows, length) for block in blocks)
     total = ledger([*inside, *rest]).bytes
-    return Estimate(total, ledger(inside).bits_per_weight, peak, sum(parts.values()), parts)
+    return Estimate(total + 2 * dense, total, ledger(inside).bits_per_weight, peak, sum(parts.values()), parts)
 
 
 def _fit_seconds(spec: Spec) -> float:

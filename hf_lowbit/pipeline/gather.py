@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from hf_lowbit.pipeline.blocks import Group, OpenBlock, Sink, Stop, stopping
-from hf_lowbit.pipeline.forward import Batch
+from hf_lowbit.pipeline.forward import Batch, check_finite
 from hf_lowbit.pipeline.share import Share
 from hf_lowbit.solvers.statistics import ExactSum, Statistics, pooled
 
@@ -84,14 +85,19 @@ def gather(
             level, largest = share.same((largest * tokens, largest))
             sums = {number: Sums(in_features, level, largest, crossed) for number in range(matrices)}
         for number, x in found.items():
+            check_finite(x, f"what leads to {group.names[0]}")
             sums[number].add(x, same.get(number))
     each = [sums[number].finish(share) for number in range(matrices)]
     if not site.stacked:
         return each
-    together = pooled([found for found in each if found.count])
+    together = pooled(each)
     assert together is not None
-    enough = [found.count >= FEWEST_TOKENS * in_features for found in each]
-    return [found if fits else together for found, fits in zip(each, enough, strict=True)]
+    return [replace(together, count=found.count) if few_tokens([found]) else found for found in each]
+
+
+def few_tokens(statistics: Sequence[Statistics]) -> int:
+    """How many matrices of a stack saw too few tokens to be solved on those alone; sensitivities do not count tokens."""
+    return sum(found.sensitivity is None and found.count < FEWEST_TOKENS * len(found.gram) for found in statistics)
 
 
 def inputs_of(block: OpenBlock, name: str, hidden: Tensor, batch: Batch) -> dict[int, Tensor]:

@@ -46,15 +46,15 @@ def learn(
         )
     hidden = _gathered([batch.hidden for batch in batches], count, share)
     originals = _gathered([batch.original for batch in batches], count, share)
-    found: tuple[dict[str, LowBitTensor], dict[str, Any]] | None = None
-    if share.rank == 0:
+
+    def solved() -> tuple[dict[str, LowBitTensor], dict[str, Any]]:
         with torch.no_grad():
             targets = torch.cat([original(part, calls(len(part))) for part in originals.split(len(batches[0].ids))])
-        found = _learn(block, opened, original, specs, tensors, (hidden, originals, targets), calls)
-    found = share.same(found)
-    assert found is not None
-    tensors |= found[0]
-    return found[1]
+        return _learn(block, opened, original, specs, tensors, (hidden, originals, targets), calls)
+
+    learned, row = share.made_by_owner(solved, 0)
+    tensors |= learned
+    return row
 
 
 def _learn(

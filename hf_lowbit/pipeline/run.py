@@ -22,9 +22,9 @@ from hf_lowbit.format.tensor import LowBitTensor
 from hf_lowbit.pipeline.blocks import Block, Call, OpenBlock, Site, find_groups
 from hf_lowbit.pipeline.fisher import sensitivities
 from hf_lowbit.pipeline.forward import Batch, Recorder, check_finite
-from hf_lowbit.pipeline.gather import gather
+from hf_lowbit.pipeline.gather import few_tokens, gather
 from hf_lowbit.pipeline.learn import learn
-from hf_lowbit.pipeline.share import Share
+from hf_lowbit.pipeline.share import Share, attempt
 from hf_lowbit.solvers import SOLVERS, Statistics, solve
 
 Report = list[dict[str, Any]]
@@ -117,10 +117,10 @@ class Run:
             solved: Any = None
             for number, block in enumerate(turn):
                 if self.share.mine(number) and block.name not in self.finished:
-                    solved = _attempt(partial(self._solve_plain, block))
+                    solved = attempt(partial(self._solve_plain, block))
             for number, block in enumerate(turn):
                 if block.name not in self.finished:
-                    self._keep(block, *self.share.owners(number, solved))
+                    self._keep(block, *self.share.from_owner(solved, number))
                 self.done(block, *self._kept(block))
 
     def _solve_plain(self, block: Block) -> tuple[dict[str, LowBitTensor], Report]:
@@ -208,7 +208,7 @@ class Run:
                 weight = site.turned(site.parameter.detach())
                 return _solve(name, weight, self.specs[name], found.get(name, ()), row, unseen), row
 
-            tensor, row = self.share.owners(number, solve_it)
+            tensor, row = self.share.made_by_owner(solve_it, number)
             _put(opened, name, tensor)
             tensors[name] = tensor
             report.append(row)
@@ -216,10 +216,10 @@ class Run:
 
     def _keep(self, block: Block, tensors: dict[str, LowBitTensor], report: Report) -> None:
         """Store a finished block; the first process alone writes."""
-        self.share.owners(0, lambda: self.store.put(block.name, tensors, report))
+        self.share.made_by_owner(lambda: self.store.put(block.name, tensors, report), 0)
 
     def _kept(self, block: Block) -> tuple[dict[str, LowBitTensor], Report]:
-        return self.share.owners(0, lambda: self.store.get(block.name))
+        return self.share.made_by_owner(lambda: self.store.get(block.name), 0)
 
 
 def _solve(
@@ -232,6 +232,8 @@ def _solve(
         statistics = [_no_inputs(weight.shape[-1])] * (len(weight) if weight.dim() == 3 else 1)
     if statistics:
         row["tokens"] = min(found.count for found in statistics)
+        if (short := few_tokens(statistics)) and weight.dim() == 3:
+            row["fallback"] = f"{short} of {len(statistics)} experts saw few tokens: statistics of all experts together"
     try:
         tensor = solve(weight, spec, statistics=statistics, notes=row)
     except WeightError as error:

@@ -1,7 +1,8 @@
 """Several processes sharing one run: batches of calibration text, and the matrices to solve.
 
 Start them with ``torchrun`` or ``accelerate launch``. Sums are exact (``hf_lowbit.solvers.statistics.ExactSum``), so the
-result has the same bytes whatever the number of processes.
+result has the same bytes whatever the number of processes, if each has the same number of threads: ``torchrun`` sets
+OMP_NUM_THREADS to 1 where it is not set, and matrix products and factorizations round differently with it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class Share:
-    """The part of the work this process does.
+    """The part of the work this process does; a context manager.
 
     Attributes:
         rank, world: number of this process, and how many there are.
@@ -36,7 +37,10 @@ class Share:
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
 
-    def close(self) -> None:
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leave the process group, if this object joined it."""
         if self._started:
             dist.destroy_process_group()
@@ -50,26 +54,18 @@ class Share:
         return self.from_owner(value, 0)
 
     def from_owner(self, value: Any, number: int) -> Any:
-        """What the process that piece ``number`` falls to holds, in all of them."""
-        if self.world == 1:
-            return value
+        """What the process that piece ``number`` falls to holds, in all of them; an error of ours is raised in all."""
         box = [value]
-        with _together():
-            dist.broadcast_object_list(box, src=number % self.world)
+        if self.world > 1:
+            with _together():
+                dist.broadcast_object_list(box, src=number % self.world)
+        if isinstance(box[0], LowBitError):
+            raise box[0]
         return box[0]
 
-    def owners(self, number: int, make: Callable[[], Result]) -> Result:
-        """``make()`` of the process that piece ``number`` falls to, in all of them; what it refuses is refused in all."""
-        value: Any = None
-        if self.mine(number):
-            try:
-                value = make()
-            except LowBitError as error:
-                value = error
-        value = self.from_owner(value, number)
-        if isinstance(value, LowBitError):
-            raise value
-        return value
+    def made_by_owner(self, make: Callable[[], Result], number: int) -> Result:
+        """``make()`` of the process that piece ``number`` falls to, in all of them."""
+        return self.from_owner(attempt(make) if self.mine(number) else None, number)
 
     def add_up(self, total: ExactSum, shape: tuple[int, ...]) -> None:
         """Complete a sum over all processes, in place; ``shape`` serves a process that had nothing to add."""
@@ -101,6 +97,14 @@ class Share:
         if self.world > 1:
             with _together():
                 dist.barrier()
+
+
+def attempt(make: Callable[[], Result]) -> Result | LowBitError:
+    """``make()``, or the error it raises, for :meth:`Share.from_owner`."""
+    try:
+        return make()
+    except LowBitError as error:
+        return error
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from hf_lowbit.plugin.config import AUTO, LowBitConfig
+from hf_lowbit.plugin.config import AUTO, AUTO_OPTIONS, LowBitConfig
 from hf_lowbit.plugin.plan import plan_model
 
 # Best first, by KL on the 4 M reference model (eval/results/quality_calibrated_books4m.json).
@@ -18,8 +18,6 @@ RECIPES: dict[int, tuple[tuple[str, dict[str, Any]], ...]] = {
 # From here on error feedback leaves nothing that learning would find.
 ABOVE: tuple[tuple[str, dict[str, Any]], ...] = (("gptq", {}),)
 WITHOUT_DATA = "codebook"
-# Minutes allowed where the config does not say.
-MINUTES = 60.0
 
 
 def resolve(config: LowBitConfig, model: Any) -> LowBitConfig:
@@ -32,9 +30,9 @@ def resolve(config: LowBitConfig, model: Any) -> LowBitConfig:
     if config.method != AUTO:
         return config
     found = copy.deepcopy(config)
-    minutes = float(found.options.pop("minutes", MINUTES))
+    minutes = float(found.options.get("minutes", AUTO_OPTIONS["minutes"]))
     if config.calibration is None:
-        found.method = WITHOUT_DATA
+        found.method, found.options = WITHOUT_DATA, {}
         return found
     recipes = RECIPES.get(int(config.bits), ABOVE)
     for method, options in recipes:

@@ -144,20 +144,22 @@ def quantize_checkpoint(
         tokenizer = load_tokenizer(source)
     calibration = calibration_for(model, config, tokenizer)
     files = weight_files(source)
-    share = Share()
-    if share.rank:
-        report = compress(model, config, targets, calibration, MemoryStore(), files, progress, share)
-        return explain(model), report
     identity = fingerprint(config, targets, calibration) | {"model": fingerprint_of_files(files), "version": __version__}
-    with Workspace.open(destination, identity, restart) as work:
-        try:
-            report = compress(model, config, targets, calibration, work, files, progress, share)
-        except WeightError:
-            work.discard()  # asked for the same again, it would fail the same
-            raise
-        finish(model, with_provenance(config, calibration), targets, report)
-        explanation = explain(model)
-        work.finish(partial(_write, model, tokenizer, report))
+    with Share() as share:
+        if share.rank:
+            report = compress(model, config, targets, calibration, MemoryStore(), files, progress, share)
+            share.wait()  # what the first process writes is there when all return
+            return explain(model), report
+        with Workspace.open(destination, identity, restart) as work:
+            try:
+                report = compress(model, config, targets, calibration, work, files, progress, share)
+            except WeightError:
+                work.discard()  # asked for the same again, it would fail the same
+                raise
+            finish(model, with_provenance(config, calibration), targets, report)
+            explanation = explain(model)
+            work.finish(partial(_write, model, tokenizer, report))
+        share.wait()
     return explanation, report
 
 

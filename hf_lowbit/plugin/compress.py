@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,15 +149,14 @@ def compress(
     windows = None if calibration is None else calibration.windows
     recorder = None if windows is None else Recorder(model, blocks)
     size = 1 if windows is None else max(1, TOKENS_PER_PASS // windows.shape[1])
-    share = share or Share()
     try:
-        Run(blocks, specs, store, recorder, windows, size, done, share)()
-        if outside:
-            ends = Block(ENDS, model, tuple(outside), _never_opened, blocks[0].weight)
-            plain = {name: without_data(targets.spec(name, config)) for name in outside}
-            Run([ends], plain, store, done=done, share=share)()
+        with Share() if share is None else nullcontext(share) as together:
+            Run(blocks, specs, store, recorder, windows, size, done, together)()
+            if outside:
+                ends = Block(ENDS, model, tuple(outside), _never_opened, blocks[0].weight)
+                plain = {name: without_data(targets.spec(name, config)) for name in outside}
+                Run([ends], plain, store, done=done, share=together)()
     finally:
-        share.close()
         model.train(was_training)
     return report
 

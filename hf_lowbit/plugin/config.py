@@ -13,10 +13,12 @@ from hf_lowbit.errors import BadRequest, unknown_name
 from hf_lowbit.format.serialize import FORMAT_VERSION, check_version
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.solvers import get_solver
+from hf_lowbit.solvers.registry import check_options
 
 QUANT_METHOD = "hf_lowbit"
 # The method that stands for the best one measured; resolved before anything is solved (hf_lowbit/plugin/auto.py).
 AUTO = "auto"
+AUTO_OPTIONS = {"minutes": 60.0}
 SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "seed", "options")
 # A tied table of 4 bits alone diverges by 0.009 nats on a 4 M Llama, all 4-bit blocks by 0.014; at 6 bits the table's
 # share is 0.0006 (eval/results/quality_books4m.json).
@@ -118,6 +120,8 @@ class LowBitConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Check every spec this config can produce."""
+        if self.method == AUTO:
+            check_options(AUTO, AUTO_OPTIONS, self.options)
         for spec in self.specs():
             get_solver(spec)
 

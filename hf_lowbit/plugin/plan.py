@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -56,9 +55,9 @@ def plan_model(model: Any, config: LowBitConfig) -> Estimate:
     outside = {name: shape(name) for name in targets.chosen if name not in inside}
     specs = {name: targets.spec(name, config) for name in targets.chosen}
     specs = {name: spec if windows and name in inside else without_data(spec) for name, spec in specs.items()}
-    found = estimate(shapes, specs, outside, windows, length)
-    kept = sum(2 * prod(model.get_parameter(name).shape) for name in targets.kept)
-    return Estimate(found.bytes + kept, found.bits_per_weight, found.peak_bytes, found.seconds, found.parts)
+    quantized = sum(model.get_parameter(name).numel() for name in targets.chosen)
+    dense = sum(parameter.numel() for parameter in model.parameters()) - quantized
+    return estimate(shapes, specs, outside, dense, windows, length)
 
 
 def _calibration_size(config: LowBitConfig, described: Any) -> tuple[int, int]:

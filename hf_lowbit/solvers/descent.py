@@ -19,9 +19,9 @@ from hf_lowbit.solvers.parallel import in_parallel
 COLUMNS = 256
 # Columns moved one by one before the others of their block hear of it.
 TOGETHER = 32
-# Multiply-adds spent on the normal equations of a table; beyond, they are formed from evenly spread rows. A [2048, 8192]
-# matrix at 4 bits keeps 46 of its rows for its 16 levels, and takes half a second.
-TABLE_WORK = 5e10
+# Multiply-adds spent on the normal equations of a table; beyond, they are formed from evenly spread rows: 298 of 2,048
+# inputs at 4 bits, 610,000 weights for 16 levels, in half a second.
+TABLE_WORK = 2e10
 # Sweeps that are followed by a refit of the tables; later ones change them too little to pay for weighing the result.
 REFITS = 2
 

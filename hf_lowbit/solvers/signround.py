@@ -19,9 +19,9 @@ from hf_lowbit.solvers.registry import solver
 from hf_lowbit.solvers.relaxation import relaxation
 from hf_lowbit.solvers.rows import Rows
 
-# The paper's sign descent is ``optimizer="sign"`` with ``code_rate`` 1 / steps. From codes of error feedback it moves as many
-# codes for noise as for gain: at 2 bits 100 steps left the loss of the 4 M reference model's first block where it was,
-# while Adam's took 3 % off that of its second.
+# The paper's sign descent is ``optimizer="sign"`` with ``code_rate`` 1 / steps. From codes of error feedback it moves
+# as many codes for noise as for gain: at 2 bits 100 steps left the loss of the 4 M reference model's first block
+# where it was, while Adam's took 3 % off that of its second.
 OPTIONS = {**GRAM_OPTIONS, **LEARN_OPTIONS}
 
 

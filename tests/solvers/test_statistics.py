@@ -62,7 +62,7 @@ def test_sums_survive_a_first_addend_of_zero():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e9])
 def test_a_sum_refuses_what_it_cannot_hold(bad):
     total = summed([torch.ones(3)], 1.0)
-    with pytest.raises(LowBitError, match="calibration inputs reach .* far beyond those of the first batch"):
+    with pytest.raises(LowBitError, match=r"calibration inputs reach .* far beyond those of the first batch"):
         total.add(torch.tensor([0.0, bad, 1.0]))
     assert torch.equal(total.mean(1), torch.ones(3))
 
