@@ -11,11 +11,12 @@ windows of the calibration file. Without arguments it runs on the model and text
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
 import torch
-from results_file import write
+from results_file import RESULTS, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowbit import LowBitConfig, explain, quantize
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=130_000)
     parser.add_argument("--recipes", choices=RECIPES, default="data-free")
     parser.add_argument("--calibration", default=str(calibration_text()))
-    parser.add_argument("--only", default="", help="recipes whose label starts with one of these words, comma-separated")
+    parser.add_argument("--only", default="", help="only labels that start with one of these; adds to the result")
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -128,6 +129,10 @@ def main() -> None:
             flush=True,
         )
     sources = {"model": Path(args.model).name, "text": Path(args.text).name, "calibration": Path(args.calibration).name}
+    if args.only and (RESULTS / f"{args.name}.json").exists():
+        known = json.loads((RESULTS / f"{args.name}.json").read_text(encoding="utf-8"))["result"]
+        order = [label for label, _ in jobs]
+        rows = dict(sorted((known | rows).items(), key=lambda row: order.index(row[0]) if row[0] in order else -1))
     print("written to", write(args.name, rows, sources))
 
 

@@ -48,16 +48,18 @@ class Sums:
 
     def finish(self, share: Share) -> Statistics:
         """Statistics over the tokens of all processes."""
-        square = (self.in_features, self.in_features)
         count = share.count(self.count)
-        for part, shape in ((self.gram, square), (self.cross, square), (self.total, square[:1])):
-            if part is None:
-                continue
-            share.add_up(part, shape)
-            if part.total is None:
-                part.total = torch.zeros(shape, dtype=torch.int64)
-        cross = None if self.cross is None else self.cross.mean(count)
-        return Statistics(count, self.gram.mean(count), self.total.mean(count), share.largest(self.top), cross)
+
+        def mean(total: ExactSum, *shape: int) -> Tensor:
+            share.add_up(total, shape)
+            out = torch.zeros(shape) if total.total is None else total.mean(count)
+            total.total = None  # twice the size of the mean
+            return out
+
+        size = self.in_features
+        gram, mean_input = mean(self.gram, size, size), mean(self.total, size)
+        cross = None if self.cross is None else mean(self.cross, size, size)
+        return Statistics(count, gram, mean_input, share.largest(self.top), cross)
 
 
 def gather(

@@ -44,7 +44,7 @@ class Calibrated:
 
     def __init__(self, entry: Solver, spec: Spec, statistics: Sequence[Statistics]) -> None:
         self.entry, self.spec, self.statistics = entry, spec, statistics
-        self.factors: list[Factor | None] = [None] * len(statistics)
+        self._only: Factor | None = None
         self.notes: dict[str, Any] = {}
         self.energy = 0.0
 
@@ -53,8 +53,7 @@ class Calibrated:
         out = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         each = len(weight) // len(self.statistics)
         for number, found in enumerate(self.statistics):
-            made = factor(found.gram, self.option("damping"), self.option("order"))
-            self.factors[number] = made
+            made = self._factor(number)
             if made is None:
                 self.notes["fallback"] = "nearest rounding: the inputs were zero or their Gram matrix cannot be factorized"
                 continue
@@ -66,7 +65,7 @@ class Calibrated:
                 with all_threads():
                     right = rows @ found.cross
                     right += ridge * rows
-                    rows.copy_(right @ made.inverse)
+                    rows.copy_(made.divide(right))
         return out
 
     def recode(self, stage: Stage, fields: dict[str, Tensor], target: Tensor, excluded: Tensor | None) -> Tensor:
@@ -82,7 +81,8 @@ class Calibrated:
         each = len(target) // len(self.statistics)
         wanted = target if excluded is None else target.clone()
         left, first = 0.0, not self.energy
-        for number, made in enumerate(self.factors):
+        for number in range(len(self.statistics)):
+            made = self._factor(number)
             if made is None:
                 continue
             start, stop = number * each, (number + 1) * each
@@ -106,6 +106,15 @@ class Calibrated:
         if self.energy > 0:
             self.notes["error"] = left / self.energy
         return wanted
+
+    def _factor(self, number: int) -> Factor | None:
+        """The factor of one matrix; kept for a plain one, made anew for those of a stack, which would fill the memory."""
+        if self._only is None:
+            made = factor(self.statistics[number].gram, self.option("damping"), self.option("order"))
+            if len(self.statistics) > 1:
+                return made
+            self._only = made
+        return self._only
 
     def option(self, name: str) -> Any:
         """A setting of the solver."""

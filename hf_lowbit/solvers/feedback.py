@@ -29,19 +29,23 @@ class Factor:
 
     Attributes:
         gram: float32 ``[in, in]``, damped.
-        inverse: its inverse.
-        upper: upper Cholesky factor of the inverse with columns in ``order``.
+        upper: upper Cholesky factor ``U`` of its inverse ``U^T U``, rows and columns in ``order``.
         order: int64 ``[in]``, the order columns are visited in.
         damping: share of the mean diagonal that was added.
         precision: ``float32`` or ``float64``: what the factorization needed.
     """
 
     gram: Tensor
-    inverse: Tensor
     upper: Tensor
     order: Tensor
     damping: float
     precision: str
+
+    def divide(self, rows: Tensor) -> Tensor:
+        """``rows`` float32 ``[n, in]`` times the inverse of the damped Gram matrix."""
+        out = torch.empty_like(rows)
+        out[:, self.order] = rows[:, self.order] @ self.upper.T @ self.upper
+        return out
 
 
 def factor(gram: Tensor, damping: float, order: str) -> Factor | None:
@@ -67,18 +71,26 @@ def factor(gram: Tensor, damping: float, order: str) -> Factor | None:
         for share, dtype in steps:
             damped = gram.clone()
             damped.diagonal().add_(share * level)
-            lower, failed = torch.linalg.cholesky_ex(damped[visited][:, visited].to(dtype))
-            if failed:
-                continue
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if failed or not torch.isfinite(upper).all():
-                continue
-            back = torch.empty_like(visited)
-            back[visited] = torch.arange(len(visited))
-            plain = inverse[back][:, back].float()
-            return Factor(damped, plain, upper.float(), visited, share, str(dtype).removeprefix("torch."))
+            upper = _upper(damped, visited, dtype)
+            if upper is not None:
+                return Factor(damped, upper.float(), visited, share, str(dtype).removeprefix("torch."))
     return None
+
+
+def _upper(damped: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Upper Cholesky factor of the inverse with rows and columns in ``order``; None where there is none.
+
+    At most three matrices of this size are alive at once: 800 MB for 8,192 inputs.
+    """
+    permuted = damped.index_select(0, order).index_select(1, order).to(dtype)
+    lower, failed = torch.linalg.cholesky_ex(permuted)
+    del permuted
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed or not torch.isfinite(upper).all() else upper
 
 
 def feed_back(coding: Coding, target: Tensor, found: Factor) -> None:

@@ -155,7 +155,7 @@ def _cluster(values: Tensor, weight: Tensor, scale: Tensor, count: int) -> Tenso
 def _nearest(values: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """Codes (int64) of the levels of each row's table nearest to ``values / scale``; ties go to the lower level."""
     middles = (table[:, 1:] + table[:, :-1]) / 2
-    return torch.searchsorted(middles, _divided(values, scale).flatten(1)).view(values.shape)
+    return torch.searchsorted(middles, _divided(values, scale).flatten(1).contiguous()).view(values.shape)
 
 
 def _divided(values: Tensor, scale: Tensor) -> Tensor:
