@@ -54,6 +54,7 @@ def _slope_of_loss(recorder: Recorder, batch: Batch) -> Tensor:
     hidden = batch.hidden.detach().requires_grad_()
     logits = recorder.tail(batch.ids, hidden).logits[0, :-1].float()
     loss = torch.nn.functional.cross_entropy(logits, batch.ids[0, 1:].to(logits.device))
+    check_finite(loss, "what follows the last block")
     (slope,) = torch.autograd.grad(loss, hidden)
     return slope
 

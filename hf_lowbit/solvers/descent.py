@@ -35,14 +35,13 @@ def descend(coding: Coding, target: Tensor, gram: Tensor, sweeps: int) -> tuple[
         sweeps: passes over all columns; the first ones are followed by a refit of fitted tables.
     """
     spans = range(0, len(target), ROWS)
-    before = now = objective(coding, target, gram) if not sweeps else 0.0
+    before = now = objective(coding, target, gram)
     for number in range(sweeps):
-        swept = in_parallel(lambda start: _sweep_rows(coding, target, gram, start), spans)
-        now = sum(after for _, after in swept)
-        if number == 0:
-            before = sum(first for first, _ in swept)
+        in_parallel(lambda start: _sweep_rows(coding, target, gram, start), spans)
         if coding.stage.levels.stored and number < REFITS:
-            now = _refit_tables(coding, target, gram, now)
+            _refit_tables(coding, target, gram)
+    if sweeps:
+        now = objective(coding, target, gram)
     return before, now
 
 
@@ -56,15 +55,10 @@ def objective(coding: Coding, target: Tensor, gram: Tensor) -> float:
     return sum(in_parallel(part, range(0, len(target), ROWS)))
 
 
-def _sweep_rows(whole: Coding, target: Tensor, gram: Tensor, start: int) -> tuple[float, float]:
-    """One pass over the columns of up to ``ROWS`` rows: scale and offset of a group, then its codes and free weights.
-
-    Returns the objective of the rows before and after.
-    """
+def _sweep_rows(whole: Coding, target: Tensor, gram: Tensor, start: int) -> None:
+    """One pass over the columns of up to ``ROWS`` rows: scale and offset of a group, then its codes and free weights."""
     coding, target = whole.rows(start, start + ROWS), target[start : start + ROWS]
-    error = target - coding.dequantize()
-    pull = error @ gram  # minus half the gradient by the values of W_hat
-    before = float((pull * error).sum(dtype=torch.float64))
+    pull = (target - coding.dequantize()) @ gram  # minus half the gradient by the values of W_hat
     nearest, size = Nearest(coding), coding.group_size
     width = max(size, COLUMNS // size * size)
     for first in range(0, target.shape[1], width):
@@ -83,7 +77,6 @@ def _sweep_rows(whole: Coding, target: Tensor, gram: Tensor, start: int) -> tupl
                 local[right:].addmm_(block[right:, left:right], fall)
                 fallen[left:right] += fall
         pull.addmm_(fallen.T, gram[first:last])
-    return before, float((pull * (target - coding.dequantize())).sum(dtype=torch.float64))
 
 
 def _move_scales(coding: Coding, group: int, pull: Tensor, block: Tensor) -> Tensor:
@@ -135,9 +128,9 @@ def _move_codes(coding: Coding, nearest: Nearest, start: int, group: int, pull: 
     return fall
 
 
-def _refit_tables(coding: Coding, target: Tensor, gram: Tensor, now: float) -> float:
+def _refit_tables(coding: Coding, target: Tensor, gram: Tensor) -> None:
     """Solve each table's least-squares problem; keep the new tables if ascending and the objective falls."""
-    old = coding.tables.clone()
+    old, now = coding.tables.clone(), objective(coding, target, gram)
     for table in range(len(old)):
         rows = torch.arange(len(target)) if coding.ids is None else (coding.ids == table).nonzero()[:, 0]
         affordable = max(16, int(TABLE_WORK / (old.shape[1] * len(gram) ** 2)))
@@ -147,11 +140,8 @@ def _refit_tables(coding: Coding, target: Tensor, gram: Tensor, now: float) -> f
         new = _solve_table(coding, target, gram, picked, old[table])
         if (new.diff() > 0).all():
             coding.tables[table] = new
-    after = objective(coding, target, gram)
-    if after < now:
-        return after
-    coding.tables.copy_(old)
-    return now
+    if not objective(coding, target, gram) < now:
+        coding.tables.copy_(old)
 
 
 def _solve_table(coding: Coding, target: Tensor, gram: Tensor, rows: Tensor, old: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several commands in one process: ``torchrun shared.py COMMAND...``, each a JSON list of arguments. Prints their exit codes."""
+"""Several commands: ``torchrun shared.py COMMAND...``, each a JSON list of arguments. Prints their exit codes."""
 
 from __future__ import annotations
 

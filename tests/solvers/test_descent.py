@@ -132,8 +132,8 @@ def test_a_table_may_be_fitted_to_some_of_the_rows(monkeypatch, codings):
 
 @pytest.mark.parametrize("kind", ["affine", "affine-8", "integer-6", "fitted"])
 def test_moves_of_scales_and_offsets_never_raise_the_objective(kind, monkeypatch, codings):
-    monkeypatch.setattr(descent, "_move_codes", lambda coding, nearest, column, group, pull, curvature: 0 * pull)
-    monkeypatch.setattr(descent, "_refit_tables", lambda coding, target, gram, now: now)
+    monkeypatch.setattr(descent, "_move_codes", lambda coding, nearest, start, group, pull, block: 0 * pull)
+    monkeypatch.setattr(descent, "_refit_tables", lambda coding, target, gram: None)
     for seed in range(8):
         case = codings.make(1, 64, kind=kind, group=64, seed=seed)
         gram = codings.gram_of(codings.inputs(100, 64, seed) + 2)
