@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -205,6 +206,8 @@ def run_quantize(args: argparse.Namespace) -> None:
             report, rows = checkpoint.quantize_checkpoint(args.source, args.destination, config, args.restart, progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; finished blocks are kept: the same command goes on from there.") from None
+    if os.environ.get("RANK", "0") != "0":
+        return  # torchrun starts several; the first one speaks
     if args.json:
         return _print_json(_contents_json(args.destination) | {"destination": args.destination, "report": rows})
     print(report)

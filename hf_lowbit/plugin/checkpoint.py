@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from hf_lowbit.plugin.explain import Explanation, explain
 from hf_lowbit.plugin.quantize import finish
 from hf_lowbit.plugin.targets import find_targets
 
+_LOG = logging.getLogger(__name__)
 # The file that says how each matrix was solved.
 REPORT = "quantization_report.json"
 
@@ -134,8 +136,10 @@ def quantize_checkpoint(
         LowBitError: loading or solving failed, or the disk is full; finished blocks are kept.
     """
     check_calibration(config)
-    model = load_model(source)
-    if getattr(model, "is_quantized", False):
+    _check_source(source)
+    quantized = Path(source).exists() and bool(_quantization_config(source))
+    model = None if quantized else load_model(source)
+    if quantized or getattr(model, "is_quantized", False):
         raise BadRequest(f"{source!r} is quantized already; quantize the original it was made from.")
     config = resolve(config, model)
     targets = find_targets(model, config)
@@ -151,6 +155,8 @@ def quantize_checkpoint(
             share.wait()  # what the first process writes is there when all return
             return explain(model), report
         with Workspace.open(destination, identity, restart) as work:
+            for note in work.notes:
+                _LOG.warning(note)
             try:
                 report = compress(model, config, targets, calibration, work, files, progress, share)
             except WeightError:
