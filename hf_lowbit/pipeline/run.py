@@ -19,7 +19,7 @@ from hf_lowbit.errors import BadRequest, WeightError
 from hf_lowbit.format.ledger import ledger
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.format.tensor import LowBitTensor
-from hf_lowbit.pipeline.blocks import Block, Call, OpenBlock, Site, find_groups
+from hf_lowbit.pipeline.blocks import Block, Call, OpenBlock, find_groups
 from hf_lowbit.pipeline.fisher import sensitivities
 from hf_lowbit.pipeline.forward import Batch, Recorder, check_finite
 from hf_lowbit.pipeline.gather import few_tokens, gather
@@ -197,18 +197,19 @@ class Run:
     def _solve_all(
         self, opened: OpenBlock, names: Sequence[str], found: Mapping[str, Sequence[Statistics]], unseen: bool = False
     ) -> tuple[dict[str, LowBitTensor], Report]:
-        """Solve some sites of a block and put what they decode to in their place; processes take turns."""
+        """Solve some sites of a block, each in one process, and put what they decode to in their place."""
+
+        def solve_it(name: str) -> tuple[LowBitTensor, dict[str, Any]]:
+            row: dict[str, Any] = {"name": name}
+            site = opened.sites[name]
+            weight = site.turned(site.parameter.detach())
+            return _solve(name, weight, self.specs[name], found.get(name, ()), row, unseen), row
+
+        mine = {k: attempt(partial(solve_it, name)) for k, name in enumerate(names) if self.share.mine(k)}
         tensors: dict[str, LowBitTensor] = {}
         report: Report = []
         for number, name in enumerate(names):
-            site = opened.sites[name]
-
-            def solve_it(name: str = name, site: Site = site) -> tuple[LowBitTensor, dict[str, Any]]:
-                row: dict[str, Any] = {"name": name}
-                weight = site.turned(site.parameter.detach())
-                return _solve(name, weight, self.specs[name], found.get(name, ()), row, unseen), row
-
-            tensor, row = self.share.made_by_owner(solve_it, number)
+            tensor, row = self.share.from_owner(mine.get(number), number)
             _put(opened, name, tensor)
             tensors[name] = tensor
             report.append(row)
