@@ -22,6 +22,8 @@ TOGETHER = 32
 # Multiply-adds spent on the normal equations of a table; beyond, they are formed from evenly spread rows: 298 of 2,048
 # inputs at 4 bits, 610,000 weights for 16 levels, in half a second.
 TABLE_WORK = 2e10
+# Tables of 6 bits and more are fine as they are, and their normal equations cost more than all sweeps.
+MOST_LEVELS = 32
 # Sweeps that are followed by a refit of the tables; later ones change them too little to pay for weighing the result.
 REFITS = 2
 
@@ -38,7 +40,7 @@ def descend(coding: Coding, target: Tensor, gram: Tensor, sweeps: int) -> tuple[
     before = now = objective(coding, target, gram)
     for number in range(sweeps):
         in_parallel(lambda start: _sweep_rows(coding, target, gram, start), spans)
-        if coding.stage.levels.stored and number < REFITS:
+        if coding.stage.levels.stored and coding.tables.shape[1] <= MOST_LEVELS and number < REFITS:
             _refit_tables(coding, target, gram)
     if sweeps:
         now = objective(coding, target, gram)

@@ -39,7 +39,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "settings"), SOME, ids=[name for name, _ in SOME])
-@pytest.mark.parametrize("method", ["rtn", "codebook", "nupes", "gptq", "squeezellm", "jlcm"])
+@pytest.mark.parametrize("method", ["codebook", "nupes", "squeezellm", "jlcm"])
 def test_the_size_is_the_size(family, settings, method, saved, tmp_path):
     # sweeps and steps change codes, never sizes
     quick = {key: 1 for key in ("sweeps", "steps") if key in SOLVERS[method].options}
@@ -95,7 +95,7 @@ def test_auto_takes_the_best_that_fits(bits):
 
 
 def test_auto_is_resolved_before_it_is_saved():
-    model = quantize(make_model("llama"), LowBitConfig(method="auto", bits=8, calibration=WINDOWS))
+    model = quantize(make_model("llama"), LowBitConfig(method="auto", bits=5, calibration=WINDOWS))
     assert model.config.quantization_config.method == ABOVE[0][0]
 
 
