@@ -26,6 +26,7 @@ class Row:
         flat_error: share of a constant group's value that may be lost (0: up to the rounding of its scale).
         weighs: whether the importance of input channels moves its tables, scales or codes.
         largest_apart: whether the outliers it keeps are the largest magnitudes.
+        alike: whether it starts from the stage of another row's solver, so that one width shows all.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Row:
     flat_error: float = 0.0
     weighs: bool = True
     largest_apart: bool = True
+    alike: bool = False
 
     @property
     def label(self) -> str:
@@ -48,7 +50,7 @@ class Row:
     @property
     def cases(self) -> list[int]:
         """The widths that per-width laws are run at: all that differ in kind; wide codes on Gram matrices take seconds."""
-        kinds = (1, 2, 4) if self.factorizes else (1, 2, 3, 4, 6, 8)
+        kinds = (self.usual_bits,) if self.alike else (1, 2, 4) if self.factorizes else (1, 2, 3, 4, 6, 8)
         return [bits for bits in self.widths if bits in kinds]
 
     @property
@@ -118,8 +120,8 @@ ROWS = (
     Row("gptq", (1, 8), {"levels": "power_zero_free"}),
     Row("squeezellm", (1, 8), largest_apart=False),
     # What these start to learn from; learning is tested in test_reconstruct.py.
-    Row("nupes", (1, 8)),
+    Row("nupes", (1, 8), alike=True),
     Row("jlcm", (1, 8)),
-    Row("signround", (1, 8)),
-    Row("gumbel", (1, 8)),
+    Row("signround", (1, 8), alike=True),
+    Row("gumbel", (1, 8), alike=True),
 )
