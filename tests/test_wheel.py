@@ -92,7 +92,14 @@ def test_the_metadata_names_the_licence_and_the_runtime_needs_only(wheel):
     metadata = read(wheel, "METADATA")
     assert "License-Expression: Apache-2.0" in metadata
     needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ") and "extra ==" not in line]
-    assert {re.split(r"[ ><=]+", need)[1] for need in needs} == {"torch", "transformers", "safetensors", "rich", "numpy"}
+    assert {re.split(r"[ ><=]+", need)[1] for need in needs} == {
+        "torch",
+        "transformers",
+        "safetensors",
+        "rich",
+        "numpy",
+        "filelock",
+    }
 
 
 def test_an_unpacked_wheel_works_without_the_checkout(wheel, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 from hf_lowbit.plugin.config import AUTO, AUTO_OPTIONS, LowBitConfig
 from hf_lowbit.plugin.plan import plan_model
 
-# Best first, by KL on the 4 M reference model (eval/results/quality_calibrated_books4m.json); 1 bit is taken to be as 2 bits.
+# Best first, by KL on the 4 M reference model (eval/results/quality_calibrated_books4m.json); 1 bit is taken as 2.
 RECIPES: dict[int, tuple[tuple[str, dict[str, Any]], ...]] = {
     1: (("gumbel", {}), ("gptq", {})),
     2: (("gumbel", {}), ("gptq", {})),

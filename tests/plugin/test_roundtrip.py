@@ -18,8 +18,13 @@ from hf_lowbit.solvers import SOLVERS
 
 IDS = (torch.arange(16).view(2, 8) * 11) % 240 + 3
 MODELS = ("llama", "llama-tied-172", "mixtral", "qwen3-moe-tied")
+WINDOWS = torch.randint(3, 240, (4, 24), generator=torch.Generator().manual_seed(0))
+QUICK = {"steps": 2, "sweeps": 1}
 CASES = [
-    (method, bits) for method, solver in SOLVERS.items() for bits in range(2, 9) if solver.bits[0] <= bits <= solver.bits[1]
+    (method, bits)
+    for method, solver in SOLVERS.items()
+    for bits in (range(2, 9) if solver.optional else (3,))  # codes are stored alike, whatever chose them
+    if solver.bits[0] <= bits <= solver.bits[1]
 ]
 FRESH = """
 import sys, torch
@@ -36,6 +41,9 @@ for directory in sys.argv[1:]:
 
 def save_case(folder: Path, dense: Path, method: str, bits: int, **settings) -> Path:
     """Quantize one dense checkpoint and save it with its logits beside it."""
+    if not SOLVERS[method].optional:
+        quick = {key: value for key, value in QUICK.items() if key in SOLVERS[method].options}
+        settings |= {"calibration": WINDOWS, "options": quick}
     config = LowBitConfig(method=method, bits=bits, **settings)
     model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config).eval()
     target = folder / f"{dense.name}-{method}-{bits}-{len(list(folder.iterdir()))}"
