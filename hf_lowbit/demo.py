@@ -24,8 +24,8 @@ WINDOW = 512
 PROMPT = "It was a dark night, and the old house"
 METHODS = ("rtn", "halfquad", "powerquant", "codebook")
 WIDTHS = (4, 3, 2)
-# Each takes many times as long as a data-free one: they are shown at one width, on a sixteenth of the usual windows, and with
-# a fraction of their steps. eval/quality.py measures them in full.
+# Each takes many times as long as a data-free one: they are shown at one width, on a sixteenth of the usual windows, with a
+# fraction of their steps. eval/quality.py measures them in full.
 CALIBRATED = ("squeezellm", "gptq", "nupes", "jlcm")
 CALIBRATED_WIDTH = 3
 SEQUENCES = 8
