@@ -26,6 +26,8 @@ class Row:
         flat_error: share of a constant group's value that may be lost (0: up to the rounding of its scale).
         weighs: whether the importance of input channels moves its tables, scales or codes.
         largest_apart: whether the outliers it keeps are the largest magnitudes.
+        bends: how many times the error of the other groups may be with one huge outlier, which bends what is fitted to the
+            whole matrix (an exponent, a table) towards it.
         alike: whether it starts from the stage of another row's solver, so that one width shows all.
     """
 
@@ -37,6 +39,7 @@ class Row:
     flat_error: float = 0.0
     weighs: bool = True
     largest_apart: bool = True
+    bends: float = 1.2
     alike: bool = False
 
     @property
@@ -117,7 +120,8 @@ ROWS = (
     Row("ternary", (2, 2)),
     Row("gptq", (1, 8)),
     Row("gptq", (1, 8), {"levels": "affine"}, rival={"levels": "affine"}),
-    Row("gptq", (1, 8), {"levels": "power_zero_free"}),
+    # Without the choice of levels with a zero, a group of one huge weight is stored best by the smallest exponent.
+    Row("gptq", (1, 8), {"levels": "power_zero_free"}, bends=2.0),
     Row("squeezellm", (1, 8), largest_apart=False),
     # What these start to learn from; learning is tested in test_reconstruct.py.
     Row("nupes", (1, 8), alike=True),
