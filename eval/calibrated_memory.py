@@ -11,42 +11,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from one_billion import dense_model, run
 from results_file import write
 
 WORKER = """
-import json, resource, sys, threading, time
+import json, resource, sys, time
 import torch
 from hf_lowbit.plugin import LowBitConfig
 from hf_lowbit.plugin.checkpoint import quantize_checkpoint, show_progress
+from one_billion import Peak
 from transformers import LlamaForCausalLM  # code is not data: import it before memory is counted
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon"))
 source, target, settings, sequences = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
 windows = torch.randint(0, 32000, (sequences, 512), generator=torch.Generator().manual_seed(0))
 show_progress(False)
-peak, done = anonymous(), False
-start = peak
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.02)
-thread = threading.Thread(target=watch)
-thread.start()
 begun = time.perf_counter()
 tell = lambda part, parts, name: print(f"{time.perf_counter() - begun:7.0f} s  {part}/{parts} {name}", file=sys.stderr)
-try:
+with Peak() as peak:
     explanation, report = quantize_checkpoint(source, target, LowBitConfig(**settings, calibration=windows), progress=tell)
-finally:
-    done = True
-thread.join()
-out = {"seconds": round(time.perf_counter() - begun), "peak_mb": round(peak - start)}
+out = {"seconds": round(peak.seconds), "peak_mb": round(peak.added)}
 out["peak_resident_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 out["bits_per_weight"] = explanation.bits_per_weight_linears
 out["solver_seconds"] = round(sum(row.get("seconds", 0) for row in report))
@@ -64,15 +49,10 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=16)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-        dense = (args.folder or Path(temporary)) / f"llama-{args.layers}-layers"
-        if not dense.exists():
-            maker = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory, pathlib; "
-            maker += f"memory.make_model(pathlib.Path({str(dense)!r}), {args.layers})"
-            subprocess.run([sys.executable, "-c", maker], check=True)
+        dense = dense_model(args.folder or Path(temporary), args.layers)
         settings = json.dumps({"method": args.method, "bits": args.bits})
-        command = [sys.executable, "-c", WORKER, str(dense), str(Path(temporary) / "out"), settings, str(args.sequences)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    row = json.loads(done.stdout.splitlines()[-1])
+        out = run(WORKER, str(dense), str(Path(temporary) / "out"), settings, str(args.sequences))
+    row = json.loads(out.splitlines()[-1])
     print(row)
     label = f"{args.method}, {args.bits} bits, {args.sequences} sequences of 512, {args.layers} layers"
     print("written to", write(f"calibrated_memory_{args.method}", {label: row}))

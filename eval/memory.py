@@ -10,43 +10,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
+from one_billion import dense_model, run
 from results_file import write
 
 WORKER = """
-import json, sys, threading, time
+import json, sys
 import torch, transformers
 from transformers import AutoModelForCausalLM
 import hf_lowbit.plugin
 from hf_lowbit import LowBitConfig, explain
+from one_billion import Peak, anonymous
 from transformers import LlamaForCausalLM  # code is not data: import it before memory is counted
 transformers.utils.logging.disable_progress_bar()
-def anonymous():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon"))
 source, target, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
-start = peak = anonymous()
-done = False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.02)
-thread = threading.Thread(target=watch)
-thread.start()
-begun = time.perf_counter()
 options = {"quantization_config": LowBitConfig(**settings)} if settings else {}
-model = AutoModelForCausalLM.from_pretrained(source, **options)
-seconds = time.perf_counter() - begun
-done = True
-thread.join()
-after = anonymous()
-out = {"seconds": round(seconds, 1), "peak_mb": round(peak - start), "after_mb": round(after - start)}
+with Peak() as peak:
+    model = AutoModelForCausalLM.from_pretrained(source, **options)
+out = {"seconds": round(peak.seconds, 1), "peak_mb": round(peak.added), "after_mb": round(anonymous() - peak.before)}
 out["tensors_mb"] = round(explain(model).bytes / 2**20)
 if target:
     model.save_pretrained(target)
@@ -54,33 +38,9 @@ print(json.dumps(out))
 """
 
 
-def make_model(folder: Path, layers: int) -> None:
-    """A random bf16 Llama: 2,048 wide, MLP 8,192, 32 heads over 8, vocabulary 32,000."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=4096,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 def step(source: Path, target: Path | None, settings: dict) -> dict:
     """One load in a fresh process."""
-    arguments = [str(source), str(target or ""), json.dumps(settings)]
-    done = subprocess.run([sys.executable, "-c", WORKER, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(run(WORKER, str(source), str(target or ""), json.dumps(settings)).splitlines()[-1])
 
 
 def main() -> None:
@@ -93,11 +53,7 @@ def main() -> None:
     rows = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
-        dense = folder / f"llama-{args.layers}-layers"
-        if not dense.exists():
-            maker = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import memory, pathlib; "
-            maker += f"memory.make_model(pathlib.Path({str(dense)!r}), {args.layers})"
-            subprocess.run([sys.executable, "-c", maker], check=True)
+        dense = dense_model(folder, args.layers)
         for method in args.methods.split(","):
             low = Path(temporary) / method
             rows[f"quantize on the fly, {method}, 4 bits"] = step(dense, low, {"method": method, "bits": 4})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +49,17 @@ def records() -> ModuleType:
 def golden_make() -> ModuleType:
     """The script that writes golden files: tests/golden/make.py."""
     return load("golden/make.py")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For operations too small to split: on a busy machine threads waiting for each other take minutes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

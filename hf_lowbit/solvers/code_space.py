@@ -52,8 +52,7 @@ class Mixture(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tables: Tensor, shares: Tensor, low: Tensor, ids: Tensor | None) -> Tensor:
         """Values ``[n, in]`` of shares ``[n, in, c]`` of the levels from ``low`` ``[n, in]`` on."""
-        index = table_index(low[..., None] + torch.arange(shares.shape[-1]), tables, ids)
-        levels = tables.flatten().index_select(0, index.flatten()).view(index.shape)
+        index, levels = levels_from(low, shares.shape[-1], tables, ids)
         ctx.save_for_backward(tables, shares, index, levels)
         return (shares * levels).sum(-1)
 
@@ -71,6 +70,12 @@ def table_index(codes: Tensor, tables: Tensor, ids: Tensor | None) -> Tensor:
     if ids is None:
         return codes
     return codes + (ids * tables.shape[1]).view(-1, *[1] * (codes.dim() - 1))
+
+
+def levels_from(low: Tensor, count: int, tables: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Table indices and levels, both ``[n, in, count]``, of ``count`` consecutive codes from ``low`` ``[n, in]`` on."""
+    index = table_index(low[..., None] + torch.arange(count), tables, ids)
+    return index, tables.flatten().index_select(0, index.flatten()).view(index.shape)
 
 
 def sum_by_level(grad: Tensor, index: Tensor, tables: Tensor) -> Tensor:

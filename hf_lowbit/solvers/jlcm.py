@@ -19,7 +19,7 @@ from hf_lowbit.format.scales import to_f16_bits
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.solvers.calibrated import GRAM_OPTIONS
 from hf_lowbit.solvers.candidates import Candidates, sharpness
-from hf_lowbit.solvers.code_space import sum_by_level, table_index
+from hf_lowbit.solvers.code_space import levels_from, sum_by_level
 from hf_lowbit.solvers.codebook import SAMPLE_WEIGHTS, codebook, fit_table
 from hf_lowbit.solvers.encode import empty_fields, encode_searched
 from hf_lowbit.solvers.parallel import in_parallel
@@ -104,8 +104,7 @@ class Mapped(torch.autograd.Function):
     def forward(ctx: Any, tables: Tensor, logits: Tensor, low: Tensor, ids: Tensor | None) -> Tensor:
         """Levels ``[n, in]`` of logits ``[n, in, c]`` over the levels from ``low`` ``[n, in]`` on."""
         shares = logits.softmax(-1)
-        index = table_index(low[..., None] + torch.arange(logits.shape[-1]), tables, ids)
-        levels = tables.flatten().index_select(0, index.flatten()).view(index.shape)
+        index, levels = levels_from(low, logits.shape[-1], tables, ids)
         ctx.save_for_backward(tables, shares, index, levels)
         return (shares * levels).sum(-1)
 

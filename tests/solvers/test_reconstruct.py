@@ -16,20 +16,12 @@ from hf_lowbit.solvers.relaxation import RELAXATIONS
 
 WIDTH, HIDDEN, SEQUENCES = 32, 48, 16
 METHODS = sorted(RELAXATIONS)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(hidden: Tensor, weights: dict[str, Tensor]) -> Tensor:
     """The toy block: ``h + down(relu(up(h)))``."""
     return hidden + (hidden @ weights["up"].T).relu() @ weights["down"].T
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The toy's operations are too small to split: on a busy machine threads waiting for each other take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,15 +14,7 @@ from hf_lowbit.solvers.relaxation import RELAXATIONS
 from hf_lowbit.solvers.rows import Rows
 
 SHAPE = (16, 64)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Operations here are too small to split: on a busy machine threads waiting for each other take minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def statistics_of(weight: torch.Tensor) -> list[Statistics]:
