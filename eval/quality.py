@@ -50,8 +50,12 @@ CALIBRATED: list[tuple[str, dict]] = [
 ]
 
 
-def _changed(method: str, **options: object) -> dict:
-    return {"method": method, "bits": 2, "options": options}
+def _changed(method: str, more: dict | None = None, **options: object) -> dict:
+    return {"method": method, "bits": 2, "options": options} | (more or {})
+
+
+def _learned(method: str, **options: object) -> dict:
+    return _changed(method, {"sequences": 64}, **options)
 
 
 ABLATION: list[tuple[str, dict]] = [
@@ -63,12 +67,33 @@ ABLATION: list[tuple[str, dict]] = [
     ("gptq 2 bits, order=given", _changed("gptq", order="given")),
     ("gptq 2 bits, damping=0.001", _changed("gptq", damping=0.001)),
     ("gptq 2 bits, damping=0.1", _changed("gptq", damping=0.1)),
-    ("gptq 2 bits, uniform levels", _changed("gptq") | {"levels": "uniform_zero_free"}),
-    ("gptq 2 bits, power levels", _changed("gptq") | {"levels": "power_zero_free"}),
-    ("gptq 2 bits, 16-bit scales, g64", _changed("gptq") | CLASSIC),
-    ("gptq 2 bits, 32 windows", _changed("gptq") | {"sequences": 32}),
-    ("gptq 2 bits, 512 windows", _changed("gptq") | {"sequences": 512}),
-    ("gptq 2 bits, another seed of windows", _changed("gptq") | {"seed": 1}),
+    ("gptq 2 bits, uniform levels", _changed("gptq", {"levels": "uniform_zero_free"})),
+    ("gptq 2 bits, power levels", _changed("gptq", {"levels": "power_zero_free"})),
+    ("gptq 2 bits, 16-bit scales, g64", _changed("gptq", CLASSIC)),
+    ("gptq 2 bits, 32 windows", _changed("gptq", {"sequences": 32})),
+    ("gptq 2 bits, 64 windows", _changed("gptq", {"sequences": 64})),
+    ("gptq 2 bits, 512 windows", _changed("gptq", {"sequences": 512})),
+    ("gptq 2 bits, another seed of windows", _changed("gptq", {"seed": 1})),
+    ("gptq 2 bits, 128 windows of random tokens", _changed("gptq", {"random_tokens": True})),
+    ("gumbel 2 bits, 64 windows, defaults", _learned("gumbel")),
+    ("gumbel 2 bits, 64 windows, steps=50", _learned("gumbel", steps=50)),
+    ("gumbel 2 bits, 64 windows, steps=200", _learned("gumbel", steps=200)),
+    ("gumbel 2 bits, 64 windows, learn=codes", _learned("gumbel", learn="codes")),
+    ("gumbel 2 bits, 64 windows, learn=codes_scales", _learned("gumbel", learn="codes_scales")),
+    ("gumbel 2 bits, 64 windows, loss=weighted", _learned("gumbel", loss="weighted")),
+    ("gumbel 2 bits, 64 windows, loss=cosine", _learned("gumbel", loss="cosine")),
+    ("gumbel 2 bits, 64 windows, optimizer=lion", _learned("gumbel", optimizer="lion")),
+    ("gumbel 2 bits, 64 windows, optimizer=sign", _learned("gumbel", optimizer="sign")),
+    ("gumbel 2 bits, 64 windows, mixing=0.5", _learned("gumbel", mixing=0.5)),
+    ("gumbel 2 bits, 64 windows, batch=2", _learned("gumbel", batch=2)),
+    ("gumbel 2 bits, 64 windows, code_rate=0.02", _learned("gumbel", code_rate=0.02)),
+    ("gumbel 2 bits, 64 windows, code_rate=0.005", _learned("gumbel", code_rate=0.005)),
+    ("gumbel 2 bits, 64 windows, noise=1", _learned("gumbel", noise=1.0)),
+    ("jlcm 2 bits, 64 windows, defaults", _learned("jlcm")),
+    ("jlcm 2 bits, 64 windows, tables=1", _learned("jlcm", tables=1)),
+    ("jlcm 2 bits, 64 windows, tables=8", _learned("jlcm", tables=8)),
+    ("nupes 2 bits, 64 windows, defaults", _learned("nupes")),
+    ("nupes 2 bits, 64 windows, learn=codes_scales", _learned("nupes", learn="codes_scales")),
 ]
 RECIPES = {"data-free": DATA_FREE, "calibrated": CALIBRATED, "ablation": ABLATION}
 # What the input table and tied head cost alone, everything else in high precision.
@@ -79,9 +104,12 @@ def measure(model_dir: str, settings: dict, reference, ids: torch.Tensor, calibr
     """One row of the table."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     settings = dict(settings)
-    sequences = settings.pop("sequences", 128)
-    if not SOLVERS[settings.get("method", "codebook")].optional or settings.get("method") == "nupes":
+    sequences, random_tokens = settings.pop("sequences", 128), settings.pop("random_tokens", False)
+    if SOLVERS[settings.get("method", "codebook")].evidence != "none":
         settings["calibration"] = {"source": calibration, "sequences": sequences}
+    if random_tokens:
+        vocabulary, draw = model.config.vocab_size, torch.Generator().manual_seed(0)
+        settings["calibration"] = torch.randint(vocabulary, (sequences, 512), generator=draw)
     begun = time.perf_counter()
     quantize(model, LowBitConfig(**settings))
     seconds = time.perf_counter() - begun

@@ -1,0 +1,298 @@
+"""What each command of the command line does: call the package, print a table or one JSON object."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_lowbit.errors import BadRequest, LowBitError
+
+SETTINGS = (
+    *("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "modules_to_not_convert"),
+    *("quantize_embeddings", "calibration", "transforms", "activation_bits", "target_size", "seed", "strict"),
+)
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """The comparison table of the embedded model."""
+    from hf_lowbit import demo
+    from hf_lowbit.plugin import checkpoint
+
+    checkpoint.show_progress(False)
+    progress = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr))
+    rows = demo.run_demo(progress, args.keep)
+    if args.json:
+        return _print_json({"text": str(demo.held_out_text()), "rows": rows})
+    columns = ("model", "bits/weight", "file bytes", "perplexity", "KL (nats)", "top-1")
+    cells = [
+        (r["model"], f"{r['bits_per_weight_linears']:.3f}", f"{r['bytes']:,}", f"{r['perplexity']:.3f}",
+         f"{r['kl']:.5f}", f"{100 * r['top1_agreement']:.1f} %") for r in rows
+    ]  # fmt: skip
+    _print_table("embedded model, held-out text, reloaded in a fresh process", columns, cells)
+    print(f"\nContinuations of {demo.PROMPT!r} (greedy):")
+    for row in rows:
+        if row["model"] == "original" or row["model"].endswith("codebook"):
+            print(f"  {row['model']:18} {' '.join(row['text'].split())}")
+
+
+def config_from(args: argparse.Namespace) -> Any:
+    """The ``LowBitConfig`` a command line asks for."""
+    from hf_lowbit.plugin import LowBitConfig
+
+    given = vars(args)
+    settings = {name: given[name] for name in SETTINGS if given[name] is not None}
+    overrides: dict[str, dict[str, Any]] = {}
+    for pattern, change in args.override or []:
+        overrides.setdefault(pattern, {}).update(change)
+    sizes = {name: given[name] for name in ("sequences", "length") if given[name] is not None}
+    if sizes and args.calibration is None:
+        raise BadRequest(
+            "--sequences and --length say how much of the calibration text to use; give --calibration FILE too."
+        )
+    if sizes:
+        settings["calibration"] = {"source": args.calibration} | sizes
+    options = {key: value for option in args.option or [] for key, value in option.items()}
+    return LowBitConfig(overrides=overrides, options=options, **settings)
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    """Quantize SRC into DST."""
+    from hf_lowbit.plugin import checkpoint
+
+    config = config_from(args)
+    drawn = sys.stderr.isatty() and not args.json
+    checkpoint.show_progress(drawn)
+    try:
+        with _progress_bar("blocks", drawn) as progress:
+            report, rows = checkpoint.quantize_checkpoint(args.source, args.destination, config, args.restart, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; finished blocks are kept: the same command goes on from there.") from None
+    if os.environ.get("RANK", "0") != "0":
+        return  # torchrun starts several; the first one speaks
+    if args.json:
+        return _print_json(_contents_json(args.destination) | {"destination": args.destination, "report": rows})
+    print(report)
+    if any("error" in row for row in rows):
+        _print_report(rows)
+    print(f"written to {args.destination}")
+
+
+def _print_report(rows: Sequence[dict[str, Any]]) -> None:
+    cells = []
+    for row in rows:
+        error = f"{row['error']:.2e}" if "error" in row else ""
+        if "loss_before" in row:
+            error = f"{row['loss_before']:.3e} -> {row['loss_after']:.3e}"
+        note = row.get("fallback", "")
+        damping = f"{row['damping']:g}" if "damping" in row else ""
+        bits = f"{row['bits_per_weight']:.3f}" if "bits_per_weight" in row else ""
+        cells.append((row["name"], bits, error, damping, str(row.get("tokens", "")), f"{row.get('seconds', 0):.1f}", note))
+    _print_table("how it was solved", ("matrix", "bits/weight", "error", "damping", "tokens", "seconds", "note"), cells)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """Print what quantizing SRC would need."""
+    from hf_lowbit.plugin.plan import plan
+
+    found = plan(args.source, config_from(args))
+    if args.json:
+        return _print_json(found.to_json())
+    print(f"result     {found.bytes:,} bytes, {found.bits_per_weight:.3f} bits per weight inside blocks")
+    print(f"memory     {found.peak_bytes / 1e6:,.0f} MB at the peak, beside the program itself (0.5 GB)")
+    spent = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in found.parts.items() if seconds >= 0.5)
+    print(f"time       about {found.seconds:,.0f} s on this machine{f': {spent}' if spent else ''}")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """Verify checksums and print the ledger of a directory."""
+    if args.json:
+        return _print_json(_contents_json(args.directory))
+    from hf_lowbit.format import ledger
+    from hf_lowbit.plugin import checkpoint
+
+    contents = checkpoint.read_contents(args.directory)
+    cells = []
+    for name, layout in contents.record.layouts.items():
+        counted, first = ledger(layout), layout.stages[0]
+        shape = "x".join(map(str, layout.shape))
+        cells.append((name, shape, first.levels.family, str(first.bits), str(first.group_size),
+                      f"{counted.bits_per_weight:.3f}", f"{counted.bytes:,}"))  # fmt: skip
+    columns = ("matrix", "shape", "levels", "bits", "group", "bits/weight", "bytes")
+    _print_table(f"{args.directory}: all checksums hold", columns, cells)
+    for name, size in contents.dense.items():
+        print(f"{name}: high precision, {size:,} bytes. {contents.record.kept.get(name, '')}")
+    blocks = ledger(contents.record.block_layouts)
+    kinds = ", ".join(f"{kind} {size:,}" for kind, size in ledger(contents.record.layouts.values()).bytes_by_kind.items())
+    print(f"bytes: {kinds}, high precision {sum(contents.dense.values()):,}, headers {contents.header_bytes:,}")
+    print(f"files {contents.file_bytes:,} bytes, {contents.bits_per_weight_model:.3f} bits per weight over the whole model,")
+    print(f"{blocks.bits_per_weight:.3f} in the quantized matrices inside blocks, all metadata counted")
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    """Perplexity, divergence and size of a model."""
+    from hf_lowbit import measure
+    from hf_lowbit.plugin import checkpoint
+
+    checkpoint.show_progress(sys.stderr.isatty() and not args.json)
+    text = _read_text(args.text, args.characters)
+    sizes = _sizes(args.directory)
+    ids = checkpoint.tokenize(checkpoint.load_tokenizer(args.directory), text)
+    window = measure.windows(ids, args.window).shape[1]  # refuses a text too short before a model is loaded
+    model = checkpoint.load_model(args.directory, args.dtype, args.device)
+    checkpoint.check_fits(model, ids, window)
+    out: dict[str, Any] = {"method": sizes.pop("method")}
+    with _progress_bar("windows", sys.stderr.isatty() and not args.json) as progress:
+        if args.reference:
+            reference = checkpoint.load_model(args.reference, args.dtype, args.device)
+            checkpoint.check_fits(reference, ids, window)
+            found = measure.divergence(model, reference, ids, args.window, progress)
+            out |= {"perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
+            out |= {"kl": found.kl, "top1_agreement": found.top1_agreement, "tokens": found.tokens}
+        else:
+            plain = measure.perplexity(model, ids, args.window, progress)
+            out |= {"perplexity": plain.perplexity, "kl": None, "top1_agreement": None, "tokens": plain.tokens}
+    broken = [key for key, value in out.items() if isinstance(value, float) and not math.isfinite(value)]
+    if broken:
+        raise LowBitError(f"{broken[0]} is {out[broken[0]]}: on this text the logits are not finite. Check the weights.")
+    out |= sizes
+    if args.json:
+        return _print_json(out)
+    for key, value in out.items():
+        if value is not None:
+            print(f"{key:24} {value:,.5f}" if isinstance(value, float) else f"{key:24} {value:,}" if isinstance(value, int)
+                  else f"{key:24} {value}")  # fmt: skip
+
+
+def run_bench(args: argparse.Namespace) -> None:
+    """Speed of a model, and of its original in the same run."""
+    import torch
+
+    from hf_lowbit.plugin import bench, checkpoint
+
+    checkpoint.show_progress(sys.stderr.isatty() and not args.json)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    tell = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr))
+
+    def measured(source: str) -> dict[str, Any]:
+        tell(f"loading {source}")
+        model = checkpoint.load_model(source, args.dtype)
+        return bench.bench(model, args.batch or (1, 8), args.prompt, args.tokens, tell)
+
+    out = measured(args.directory)
+    if args.reference:
+        out["reference"] = measured(args.reference)
+    if args.json:
+        return _print_json(out)
+    rows = [("decode", row["batch"], row) for row in out["decode"]] + [("prefill", 1, out["prefill"])]
+    originals = [*out["reference"]["decode"], out["reference"]["prefill"]] if args.reference else [None] * len(rows)
+    cells = []
+    for (name, batch, row), original in zip(rows, originals, strict=True):
+        share = f"{100 * row['bandwidth_share']:.0f} %" if "bandwidth_share" in row else ""
+        ratio = f"{row['tokens_per_second'] / original['tokens_per_second']:.2f}x" if original else ""
+        cells.append((name, str(batch), f"{row['tokens_per_second']:.1f}", share, ratio))
+    columns = ("", "batch", "tokens/s", "of read bandwidth", "of the reference")
+    _print_table(f"{args.directory}: {out['threads']} threads, prompt of {args.prompt} tokens", columns, cells)
+    weights, bandwidth = out["bytes_per_token"] / 1e6, out["read_bandwidth"] / 1e9
+    print(f"weights read per step {weights:,.1f} MB; the machine reads {bandwidth:.1f} GB/s")
+    if out["memory"]:
+        print("memory: " + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in out["memory"].items()))
+    for row in out["kernels"]:
+        refused = "".join(f"; {name} refused: {reason}" for name, reason in row["refused"].items())
+        print(f"{row['backend']}: {row['matrices']} matrices, {row['weights']:,} weights ({row['reason']}{refused})")
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    """Versions, devices, registration, backends and methods."""
+    from hf_lowbit.plugin import doctor
+
+    report = doctor.examine()
+    if args.json:
+        return _print_json(report)
+    for part, lines in report.items():
+        print(part)
+        for name, value in lines.items():
+            print(f"  {name:22} {value}")
+
+
+def _read_text(file: str, characters: int | None) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")[:characters]
+    except OSError as error:
+        raise BadRequest(f"cannot read {file!r}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"{file!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _sizes(directory: str) -> dict[str, Any]:
+    """Method, file bytes and bits per weight of a checkpoint on disk; None for what a Hub id or dense model lacks."""
+    from hf_lowbit.plugin import checkpoint
+
+    if not checkpoint.is_low_bit(directory):
+        size = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors")) or None
+        return {"method": None, "bytes": size, "bits_per_weight_linears": None, "bits_per_weight_model": None}
+    found = _contents_json(directory)
+    return {key: found[key] for key in ("method", "bytes", "bits_per_weight_linears", "bits_per_weight_model")}
+
+
+def _contents_json(directory: str) -> dict[str, Any]:
+    from hf_lowbit.format import ledger
+    from hf_lowbit.plugin import checkpoint
+
+    contents = checkpoint.read_contents(directory)
+    return {
+        "method": contents.config.method,
+        "bytes": contents.file_bytes,
+        "header_bytes": contents.header_bytes,
+        "bits_per_weight_linears": ledger(contents.record.block_layouts).bits_per_weight,
+        "bits_per_weight_model": contents.bits_per_weight_model,
+        "bytes_by_kind": ledger(contents.record.layouts.values()).bytes_by_kind,
+        "tensors": {
+            name: layout.to_json() | {"bits_per_weight": ledger(layout).bits_per_weight}
+            for name, layout in contents.record.layouts.items()
+        },
+        "high_precision": {
+            name: {"bytes": size, "reason": contents.record.kept.get(name)} for name, size in contents.dense.items()
+        },
+        "config": contents.config.to_dict(),
+    }
+
+
+def _progress_bar(label: str, on: bool) -> Any:
+    """A context that gives ``progress(done, total)``, drawn on stderr if ``on``."""
+    from contextlib import contextmanager
+
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    @contextmanager
+    def bar() -> Any:
+        columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), disable=not on, transient=True) as drawn:
+            task = drawn.add_task(label, total=None)
+            yield lambda done, total, name="": drawn.update(task, completed=done, total=total, description=f"{label} {name}")
+
+    return bar()
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 160
+    Console(width=width).print(table)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))

@@ -1,0 +1,104 @@
+"""``bench``: how fast a model runs here, with which kernels, and how near that is to what the memory allows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_lowbit.format.ledger import ledger
+from hf_lowbit.kernels import Choice
+from hf_lowbit.measure.speed import decode_rate, prefill_rate, read_bandwidth
+from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitTiedHead
+from hf_lowbit.plugin.targets import low_bit_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def bench(
+    model: PreTrainedModel,
+    batches: Sequence[int] = (1, 8),
+    prompt: int = 128,
+    tokens: int = 32,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure a loaded model.
+
+    Args:
+        batches: sequences decoded together.
+        prompt: tokens of the prompt whose reading is timed.
+        tokens: decoding steps whose median counts.
+        progress: told what is measured.
+
+    Returns:
+        ``threads``; ``read_bandwidth`` of the machine in bytes a second; ``bytes_per_token``, the weights one decoding step
+        reads; ``decode``, a row for each batch: tokens a second of ``generate`` and ``bandwidth_share``, the weights read
+        per second over what the machine can read; ``prefill`` tokens a second; ``memory`` in bytes; ``kernels``.
+    """
+    progress("machine: read bandwidth")
+    bandwidth = read_bandwidth()
+    weights = bytes_per_token(model)
+    rows = []
+    for batch in batches:
+        progress(f"decoding, batch {batch}")
+        rate = decode_rate(model, batch, tokens=tokens)
+        share = rate / batch * weights / bandwidth
+        rows.append({"batch": batch, "tokens_per_second": rate, "bandwidth_share": share})
+    progress(f"reading a prompt of {prompt} tokens")
+    return {
+        "threads": torch.get_num_threads(),
+        "read_bandwidth": bandwidth,
+        "bytes_per_token": weights,
+        "decode": rows,
+        "prefill": {"tokens": prompt, "tokens_per_second": prefill_rate(model, prompt)},
+        "memory": memory(),
+        "kernels": kernels(model),
+    }
+
+
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Stored bytes of all weights that one decoding step reads in full: all but input tables that no head shares."""
+    tied = {id(module.embedding) for module in model.modules() if isinstance(module, LowBitTiedHead)}
+    total = 0
+    for _, module in low_bit_modules(model):
+        if not isinstance(module, LowBitEmbedding) or id(module) in tied:
+            total += sum(ledger(layout).bytes for layout in module.layouts.values())
+    table = getattr(model.get_input_embeddings(), "weight", None)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    for parameter in model.parameters():
+        if parameter is not table or parameter is head:
+            total += parameter.numel() * parameter.element_size()
+    return total
+
+
+def kernels(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Which backend runs how many matrices and weights, why, and what each faster one said."""
+    matrices: Counter[Choice] = Counter()
+    weights: Counter[Choice] = Counter()
+    for _, module in low_bit_modules(model):
+        for parameter, layout in module.layouts.items():
+            choice = module.choice(parameter)
+            matrices[choice] += 1
+            weights[choice] += layout.numel
+    return [
+        {"backend": choice.backend.name, "reason": choice.reason, "refused": dict(choice.refused)}
+        | {"matrices": count, "weights": weights[choice]}
+        for choice, count in matrices.items()
+    ]
+
+
+def memory() -> dict[str, int]:
+    """Bytes of this process by the system's count: ``anonymous`` now, ``peak`` resident so far (file pages included)."""
+    found: dict[str, int] = {}
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+    except OSError:  # not Linux
+        return found
+    for name, key in (("anonymous", "RssAnon"), ("peak", "VmHWM")):
+        if key in lines:
+            found[name] = int(lines[key].split()[0]) * 1024
+    return found
