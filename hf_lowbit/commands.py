@@ -190,19 +190,22 @@ def run_bench(args: argparse.Namespace) -> None:
         out["reference"] = measured(args.reference)
     if args.json:
         return _print_json(out)
-    rows = [("decode", row["batch"], row) for row in out["decode"]] + [("prefill", 1, out["prefill"])]
-    originals = [*out["reference"]["decode"], out["reference"]["prefill"]] if args.reference else [None] * len(rows)
+    original = out.get("reference")
     cells = []
-    for (name, batch, row), original in zip(rows, originals, strict=True):
-        share = f"{100 * row['bandwidth_share']:.0f} %" if "bandwidth_share" in row else ""
-        ratio = f"{row['tokens_per_second'] / original['tokens_per_second']:.2f}x" if original else ""
-        cells.append((name, str(batch), f"{row['tokens_per_second']:.1f}", share, ratio))
+    for number, row in enumerate(out["decode"]):
+        rate, share = row["tokens_per_s"], f"{row['bandwidth_share']:.0%}"
+        ratio = f"{rate / original['decode'][number]['tokens_per_s']:.2f}x" if original else ""
+        cells.append(("decode", str(row["batch"]), f"{rate:.1f}", share, ratio))
+    rate = out["prefill_tokens_per_s"]
+    cells.append(("prefill", "1", f"{rate:.1f}", "", f"{rate / original['prefill_tokens_per_s']:.2f}x" if original else ""))
     columns = ("", "batch", "tokens/s", "of read bandwidth", "of the reference")
     _print_table(f"{args.directory}: {out['threads']} threads, prompt of {args.prompt} tokens", columns, cells)
-    weights, bandwidth = out["bytes_per_token"] / 1e6, out["read_bandwidth"] / 1e9
-    print(f"weights read per step {weights:,.1f} MB; the machine reads {bandwidth:.1f} GB/s")
-    if out["memory"]:
-        print("memory: " + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in out["memory"].items()))
+    print(
+        f"weights read per step {out['bytes_per_token'] / 1e6:,.1f} MB; reading {out['read_bandwidth_gb_s']:.1f} GB/s here"
+    )
+    if out["peak_bytes"]:
+        anonymous, peak = out["anonymous_bytes"] / 1e6, out["peak_bytes"] / 1e6
+        print(f"memory {anonymous:,.0f} MB anonymous, {peak:,.0f} MB resident at the peak")
     for row in out["kernels"]:
         refused = "".join(f"; {name} refused: {reason}" for name, reason in row["refused"].items())
         print(f"{row['backend']}: {row['matrices']} matrices, {row['weights']:,} weights ({row['reason']}{refused})")

@@ -34,9 +34,10 @@ def bench(
         progress: told what is measured.
 
     Returns:
-        ``threads``; ``read_bandwidth`` of the machine in bytes a second; ``bytes_per_token``, the weights one decoding step
-        reads; ``decode``, a row for each batch: tokens a second of ``generate`` and ``bandwidth_share``, the weights read
-        per second over what the machine can read; ``prefill`` tokens a second; ``memory`` in bytes; ``kernels``.
+        ``decode_tokens_per_s`` of greedy ``generate`` and ``bandwidth_share``, the weights read per second over what the
+        machine can read, both of the first batch size, and ``decode`` with all of them; ``prefill_tokens_per_s``;
+        ``bytes_per_token``, the weights one decoding step reads; ``read_bandwidth_gb_s`` of the machine; ``peak_bytes`` and
+        ``anonymous_bytes`` of this process, None where the system does not say; ``threads``; ``kernels``.
     """
     progress("machine: read bandwidth")
     bandwidth = read_bandwidth()
@@ -46,15 +47,20 @@ def bench(
         progress(f"decoding, batch {batch}")
         rate = decode_rate(model, batch, tokens=tokens)
         share = rate / batch * weights / bandwidth
-        rows.append({"batch": batch, "tokens_per_second": rate, "bandwidth_share": share})
+        rows.append({"batch": batch, "tokens_per_s": rate, "bandwidth_share": share})
     progress(f"reading a prompt of {prompt} tokens")
+    prefill = prefill_rate(model, prompt)
+    used = memory()
     return {
-        "threads": torch.get_num_threads(),
-        "read_bandwidth": bandwidth,
+        "decode_tokens_per_s": rows[0]["tokens_per_s"],
+        "prefill_tokens_per_s": prefill,
+        "read_bandwidth_gb_s": bandwidth / 1e9,
+        "bandwidth_share": rows[0]["bandwidth_share"],
+        "peak_bytes": used.get("peak"),
+        "anonymous_bytes": used.get("anonymous"),
         "bytes_per_token": weights,
+        "threads": torch.get_num_threads(),
         "decode": rows,
-        "prefill": {"tokens": prompt, "tokens_per_second": prefill_rate(model, prompt)},
-        "memory": memory(),
         "kernels": kernels(model),
     }
 

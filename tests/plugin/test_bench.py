@@ -62,8 +62,9 @@ def test_kernels_are_named_with_every_refusal():
         names = [backend.name for backend in backends()]
         assert list(row["refused"]) == names[: names.index(row["backend"])]
     (row,) = found["decode"]
-    share = row["tokens_per_second"] * found["bytes_per_token"] / found["read_bandwidth"]
-    assert row["bandwidth_share"] == pytest.approx(share)
+    share = row["tokens_per_s"] * found["bytes_per_token"] / found["read_bandwidth_gb_s"] / 1e9
+    assert found["bandwidth_share"] == row["bandwidth_share"] == pytest.approx(share)
+    assert found["decode_tokens_per_s"] == row["tokens_per_s"]
 
 
 def test_the_command_times_model_and_original(tmp_path, capsys):
