@@ -55,7 +55,7 @@ def _changed(method: str, more: dict | None = None, **options: object) -> dict:
 
 
 def _learned(method: str, **options: object) -> dict:
-    return _changed(method, {"sequences": 64}, **options)
+    return _changed(method, {"sequences": 32}, **{"steps": 50} | options)
 
 
 ABLATION: list[tuple[str, dict]] = [
@@ -75,25 +75,34 @@ ABLATION: list[tuple[str, dict]] = [
     ("gptq 2 bits, 512 windows", _changed("gptq", {"sequences": 512})),
     ("gptq 2 bits, another seed of windows", _changed("gptq", {"seed": 1})),
     ("gptq 2 bits, 128 windows of random tokens", _changed("gptq", {"random_tokens": True})),
-    ("gumbel 2 bits, 64 windows, defaults", _learned("gumbel")),
-    ("gumbel 2 bits, 64 windows, steps=50", _learned("gumbel", steps=50)),
-    ("gumbel 2 bits, 64 windows, steps=200", _learned("gumbel", steps=200)),
-    ("gumbel 2 bits, 64 windows, learn=codes", _learned("gumbel", learn="codes")),
-    ("gumbel 2 bits, 64 windows, learn=codes_scales", _learned("gumbel", learn="codes_scales")),
-    ("gumbel 2 bits, 64 windows, loss=weighted", _learned("gumbel", loss="weighted")),
-    ("gumbel 2 bits, 64 windows, loss=cosine", _learned("gumbel", loss="cosine")),
-    ("gumbel 2 bits, 64 windows, optimizer=lion", _learned("gumbel", optimizer="lion")),
-    ("gumbel 2 bits, 64 windows, optimizer=sign", _learned("gumbel", optimizer="sign")),
-    ("gumbel 2 bits, 64 windows, mixing=0.5", _learned("gumbel", mixing=0.5)),
-    ("gumbel 2 bits, 64 windows, batch=2", _learned("gumbel", batch=2)),
-    ("gumbel 2 bits, 64 windows, code_rate=0.02", _learned("gumbel", code_rate=0.02)),
-    ("gumbel 2 bits, 64 windows, code_rate=0.005", _learned("gumbel", code_rate=0.005)),
-    ("gumbel 2 bits, 64 windows, noise=1", _learned("gumbel", noise=1.0)),
-    ("jlcm 2 bits, 64 windows, defaults", _learned("jlcm")),
-    ("jlcm 2 bits, 64 windows, tables=1", _learned("jlcm", tables=1)),
-    ("jlcm 2 bits, 64 windows, tables=8", _learned("jlcm", tables=8)),
-    ("nupes 2 bits, 64 windows, defaults", _learned("nupes")),
-    ("nupes 2 bits, 64 windows, learn=codes_scales", _learned("nupes", learn="codes_scales")),
+    # Learned methods on 32 windows with 50 steps, half the default, since each row takes minutes.
+    ("gumbel 2 bits, 50 steps", _learned("gumbel")),
+    ("gumbel 2 bits, 25 steps", _learned("gumbel", steps=25)),
+    ("gumbel 2 bits, 100 steps", _learned("gumbel", steps=100)),
+    *[
+        (f"gumbel 2 bits, 50 steps, {name}={value}", _learned("gumbel", **{name: value}))
+        for name, value in (
+            *(
+                ("learn", "codes"),
+                ("learn", "codes_scales"),
+                ("loss", "weighted"),
+                ("loss", "cosine"),
+                ("optimizer", "lion"),
+            ),
+            *(
+                ("optimizer", "sign"),
+                ("mixing", 0.5),
+                ("batch", 2),
+                ("code_rate", 0.02),
+                ("code_rate", 0.005),
+                ("noise", 1.0),
+            ),
+            *(("scale_rate", 0.004), ("table_rate", 0.004)),
+        )
+    ],
+    *[(f"jlcm 2 bits, 50 steps, tables={count}", _learned("jlcm", tables=count)) for count in (1, 4, 8)],
+    ("nupes 2 bits, 50 steps", _learned("nupes")),
+    ("nupes 2 bits, 50 steps, learn=codes_scales", _learned("nupes", learn="codes_scales")),
 ]
 RECIPES = {"data-free": DATA_FREE, "calibrated": CALIBRATED, "ablation": ABLATION}
 # What the input table and tied head cost alone, everything else in high precision.
@@ -147,6 +156,10 @@ def main() -> None:
         (label, {"bits": b, "overrides": {"embed_tokens": {"bits": b}}, "modules_to_not_convert": blocks})
         for label, b in (TABLES if args.recipes == "data-free" else [])
     ]
+    sources = {"model": Path(args.model).name, "text": Path(args.text).name, "calibration": Path(args.calibration).name}
+    if args.only and (RESULTS / f"{args.name}.json").exists():
+        rows = json.loads((RESULTS / f"{args.name}.json").read_text(encoding="utf-8"))["result"] | rows
+    order = [label for label, _ in jobs]
     for label, settings in jobs:
         if not label.startswith(tuple(args.only.split(","))):
             continue
@@ -156,12 +169,9 @@ def main() -> None:
             f"top-1 {row['top1_agreement']:.4f}  {row['quantize_seconds']:.1f} s",
             flush=True,
         )
-    sources = {"model": Path(args.model).name, "text": Path(args.text).name, "calibration": Path(args.calibration).name}
-    if args.only and (RESULTS / f"{args.name}.json").exists():
-        known = json.loads((RESULTS / f"{args.name}.json").read_text(encoding="utf-8"))["result"]
-        order = [label for label, _ in jobs]
-        rows = dict(sorted((known | rows).items(), key=lambda row: order.index(row[0]) if row[0] in order else -1))
-    print("written to", write(args.name, rows, sources))
+        # After each row, since all of them take hours.
+        rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else -1))
+        print("written to", write(args.name, rows, sources))
 
 
 if __name__ == "__main__":
