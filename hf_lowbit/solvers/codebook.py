@@ -84,14 +84,18 @@ def _refit(values: Tensor, scale: Tensor, table: Tensor, importance: Tensor | No
 def _lloyd(values: Tensor, importance: Tensor | None, bits: int) -> Tensor:
     """Weighted one-dimensional k-means of ``values / absmax``, from quantiles; an emptied level keeps its place."""
     peak = values.abs().amax(-1, keepdim=True)
-    scaled = torch.where(peak > 0, values / peak, 0.0)
     weight = (peak * peak if importance is None else peak * peak * importance).expand(values.shape)
-    ordered = scaled.flatten().sort().values
+    ordered, place = torch.where(peak > 0, values / peak, 0.0).flatten().sort()
     count = 2**bits
     table = ordered[((torch.arange(count) + 0.5) / count * len(ordered)).long()]
+    # Cells of sorted values are runs of them, whose sums are differences of running sums: a step costs a search per level
+    # instead of one per weight.
+    mass = weight.flatten()[place].double()
+    total, moment = (torch.cat([mass.new_zeros(1), part.cumsum(0)]) for part in (mass, mass * ordered))
     for _ in range(LLOYD_STEPS):
-        codes = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2, out_int32=True)
-        table = _means(codes, scaled * weight, weight, table)
+        edges = torch.searchsorted(ordered, (table[1:] + table[:-1]) / 2, right=True)
+        edges = torch.cat([edges.new_zeros(1), edges, edges.new_full((1,), len(ordered))])
+        table = _centres(moment[edges].diff(), total[edges].diff(), table)
     return table
 
 
@@ -100,7 +104,12 @@ def _means(codes: Tensor, cross: Tensor, weight: Tensor, table: Tensor) -> Tenso
     flat, count = codes.flatten().long(), len(table)
     total = torch.bincount(flat, weight.flatten().double(), minlength=count)
     summed = torch.bincount(flat, cross.flatten().double(), minlength=count)
-    return torch.where(total > 0, summed / total, table.double()).float().sort().values
+    return _centres(summed, total, table)
+
+
+def _centres(moment: Tensor, total: Tensor, table: Tensor) -> Tensor:
+    """Mean of each cell of ``table``, float32 ascending; an empty cell keeps its level."""
+    return torch.where(total > 0, moment / total, table.double()).float().sort().values
 
 
 def _normalised(table: Tensor) -> Tensor:
