@@ -8,11 +8,15 @@ BIN    := $(VENV)/bin
 demo: $(VENV)/.runtime
 	$(BIN)/hf-lowbit demo
 
+# One test process a core, one thread each: most tests are too small to split. `make test WORKERS=8` for more.
+WORKERS ?= 2
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
