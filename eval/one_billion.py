@@ -38,12 +38,17 @@ def make_model(folder: Path, layers: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def run(code: str, *arguments: str) -> str:
-    """Standard output of ``code`` in a fresh process that can import the modules of this folder; fails if it fails."""
-    places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
+def run(code: str, *arguments: str, python: str = sys.executable, **settings: str) -> str:
+    """Standard output of ``code`` in a fresh process; fails if it fails.
+
+    The modules of this folder and the checkout can be imported there; ``settings`` are added to its environment.
+    """
+    here = Path(__file__).parent
+    places = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), **settings}
+    return subprocess.run(
+        [python, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=True, env=environment
+    ).stdout
 
 
 def anonymous() -> float:
