@@ -51,58 +51,45 @@ CALIBRATED: list[tuple[str, dict]] = [
 
 
 def _changed(method: str, more: dict | None = None, **options: object) -> dict:
-    return {"method": method, "bits": 2, "options": options} | (more or {})
+    return {"method": method, "bits": 2, "sequences": 32, "options": options} | (more or {})
 
 
 def _learned(method: str, **options: object) -> dict:
-    return _changed(method, {"sequences": 32}, **{"steps": 50} | options)
+    return _changed(method, **{"steps": 50} | options)
 
 
+# At 2 bits, where every switch shows most, on 32 windows; learned methods with 50 steps, half the default: a row takes a
+# minute or two instead of five.
 ABLATION: list[tuple[str, dict]] = [
-    ("gptq 2 bits, defaults", _changed("gptq")),
-    ("gptq 2 bits, target=own", _changed("gptq", target="own")),
-    ("gptq 2 bits, sweeps=0", _changed("gptq", sweeps=0)),
-    ("gptq 2 bits, sweeps=1", _changed("gptq", sweeps=1)),
-    ("gptq 2 bits, sweeps=8", _changed("gptq", sweeps=8)),
-    ("gptq 2 bits, order=given", _changed("gptq", order="given")),
-    ("gptq 2 bits, damping=0.001", _changed("gptq", damping=0.001)),
-    ("gptq 2 bits, damping=0.1", _changed("gptq", damping=0.1)),
-    ("gptq 2 bits, uniform levels", _changed("gptq", {"levels": "uniform_zero_free"})),
-    ("gptq 2 bits, power levels", _changed("gptq", {"levels": "power_zero_free"})),
-    ("gptq 2 bits, 16-bit scales, g64", _changed("gptq", CLASSIC)),
-    ("gptq 2 bits, 32 windows", _changed("gptq", {"sequences": 32})),
-    ("gptq 2 bits, 64 windows", _changed("gptq", {"sequences": 64})),
-    ("gptq 2 bits, 512 windows", _changed("gptq", {"sequences": 512})),
-    ("gptq 2 bits, another seed of windows", _changed("gptq", {"seed": 1})),
-    ("gptq 2 bits, 128 windows of random tokens", _changed("gptq", {"random_tokens": True})),
-    # Learned methods on 32 windows with 50 steps, half the default, since each row takes minutes.
-    ("gumbel 2 bits, 50 steps", _learned("gumbel")),
-    ("gumbel 2 bits, 25 steps", _learned("gumbel", steps=25)),
-    ("gumbel 2 bits, 100 steps", _learned("gumbel", steps=100)),
+    ("gptq, 2 bits, 32 windows", _changed("gptq")),
     *[
-        (f"gumbel 2 bits, 50 steps, {name}={value}", _learned("gumbel", **{name: value}))
+        (f"gptq, {name}={value}", _changed("gptq", **{name: value}))
         for name, value in (
-            *(
-                ("learn", "codes"),
-                ("learn", "codes_scales"),
-                ("loss", "weighted"),
-                ("loss", "cosine"),
-                ("optimizer", "lion"),
-            ),
-            *(
-                ("optimizer", "sign"),
-                ("mixing", 0.5),
-                ("batch", 2),
-                ("code_rate", 0.02),
-                ("code_rate", 0.005),
-                ("noise", 1.0),
-            ),
-            *(("scale_rate", 0.004), ("table_rate", 0.004)),
+            *(("target", "own"), ("sweeps", 0), ("sweeps", 1), ("sweeps", 8)),
+            *(("order", "given"), ("damping", 0.001), ("damping", 0.1)),
         )
     ],
-    *[(f"jlcm 2 bits, 50 steps, tables={count}", _learned("jlcm", tables=count)) for count in (1, 4, 8)],
-    ("nupes 2 bits, 50 steps", _learned("nupes")),
-    ("nupes 2 bits, 50 steps, learn=codes_scales", _learned("nupes", learn="codes_scales")),
+    *[
+        (f"gptq, {label}", _changed("gptq", more))
+        for label, more in (
+            *(("uniform levels", {"levels": "uniform_zero_free"}), ("power levels", {"levels": "power_zero_free"})),
+            *(("16-bit scales, g64", CLASSIC), ("another seed of windows", {"seed": 1})),
+            *(("8 windows", {"sequences": 8}), ("128 windows", {"sequences": 128})),
+            ("32 windows of random tokens", {"random_tokens": True}),
+        )
+    ],
+    ("gumbel, 2 bits, 32 windows, 50 steps", _learned("gumbel")),
+    *[
+        (f"gumbel, {name}={value}", _learned("gumbel", **{name: value}))
+        for name, value in (
+            *(("steps", 25), ("steps", 100), ("learn", "codes"), ("learn", "codes_scales"), ("loss", "weighted")),
+            *(("loss", "cosine"), ("optimizer", "lion"), ("optimizer", "sign"), ("mixing", 0.5), ("batch", 2)),
+            *(("code_rate", 0.02), ("code_rate", 0.005), ("scale_rate", 0.004), ("table_rate", 0.004), ("noise", 1.0)),
+        )
+    ],
+    *[(f"jlcm, 50 steps, tables={count}", _learned("jlcm", tables=count)) for count in (4, 1, 8)],
+    ("nupes, 50 steps", _learned("nupes")),
+    ("nupes, learn=codes_scales", _learned("nupes", learn="codes_scales")),
 ]
 RECIPES = {"data-free": DATA_FREE, "calibrated": CALIBRATED, "ablation": ABLATION}
 # What the input table and tied head cost alone, everything else in high precision.
