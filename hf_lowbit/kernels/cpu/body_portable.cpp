@@ -1,0 +1,12 @@
+// The kernels in plain C++, for any processor.
+#include "isa_portable.h"
+#include "tile.h"
+
+namespace lowbit {
+
+const Body* body_portable() {
+    static const Body body{"portable", [] { return true; }, round_row, tile_int8, tile_exact};
+    return &body;
+}
+
+}  // namespace lowbit
