@@ -7,8 +7,8 @@ tensor, then ``_process_model_after_weight_loading``.
 
 from __future__ import annotations
 
+import logging
 import re
-import warnings
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +166,7 @@ def prepare(model: PreTrainedModel) -> None:
     """Repack every matrix that is on its device for its kernel now, not under the first token; say once what is missing."""
     for _, module in low_bit_modules(model):
         for parameter in module.layouts if not isinstance(module, LowBitExperts) else ():
-            if not module.lowbit(parameter).device.type == "meta":
+            if module.lowbit(parameter).device.type != "meta":
                 module.prepared(parameter)
     if cpu_library.trouble() and next(model.parameters()).device.type == "cpu":
         _warn_once(f"hf-lowbit runs on its slow reference path: {cpu_library.trouble()}")
@@ -174,7 +174,7 @@ def prepare(model: PreTrainedModel) -> None:
 
 @lru_cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    logging.getLogger("hf_lowbit").warning(message)
 
 
 class QuantizeOp(ConversionOps):

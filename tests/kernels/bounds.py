@@ -54,10 +54,10 @@ def int8_bound(record: LowBitTensor, x: Tensor) -> Tensor:
 
 def _level_error(record: LowBitTensor, number: int) -> float:
     """At most half a step of the coarsest int8 table that may be chosen; nothing for tables of small integers."""
-    table = record.table(number).double()
-    if table.abs().max() <= 127 and torch.equal(table, table.round()):
+    table, few = record.table(number).double(), record.layout.stages[number].bits <= 3
+    if table.abs().max() <= (63 if few else 127) and torch.equal(table, table.round()):
         return 0.0
-    return float(table.abs().max()) / 64 / 2
+    return float(table.abs().max()) / (32 if few else 64) / 2
 
 
 def _stage(record: LowBitTensor, number: int) -> tuple[Tensor, Tensor, Tensor]:

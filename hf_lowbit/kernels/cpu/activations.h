@@ -13,7 +13,7 @@ struct Activations {
     const float* values = nullptr;    // [batch, blocks * 32]
     const int8_t* rounded = nullptr;  // [batch, blocks * 32], int8 mode only
     const float* scale = nullptr;     // [batch, blocks]
-    const int32_t* bias = nullptr;    // [batch, blocks], -128 * the sum of `rounded`: what levels stored as level + 128 add
+    const int32_t* bias = nullptr;    // [batch, blocks], what levels stored as level + bias add to a block, negated
 };
 
 }  // namespace lowbit

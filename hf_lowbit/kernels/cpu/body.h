@@ -8,8 +8,7 @@ namespace lowbit {
 // What one thread needs while it works on tiles; every pointer is 64-byte aligned.
 struct Scratch {
     float* scales;       // [groups, 16]
-    int8_t* tables;      // [variants * passes, 64] or [4, 64]
-    uint8_t* levels;     // a tile expanded: [blocks, 8, 64]
+    int8_t* tables;      // [variants or parts, passes, 64]
 };
 
 struct Body {

@@ -1,4 +1,5 @@
 // The kernels in plain C++, for any processor.
+#define LOWBIT_PORTABLE
 #include "isa_portable.h"
 #include "tile.h"
 

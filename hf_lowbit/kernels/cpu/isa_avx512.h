@@ -9,8 +9,7 @@ namespace {
 
 struct Isa {
     static constexpr int kLanes = 16, kSlices = 1;
-    static constexpr bool kBiased = true;  // vpdpbusd wants unsigned levels: they are stored as level + 128
-    static constexpr int kRows = 8;        // rows of x worked on at once when many are there
+    static constexpr int kBias = 128, kFewBias = 128;  // vpdpbusd takes unsigned levels
     using Bytes = __m512i;
     using Ints = __m512i;
     using Floats = __m512;
@@ -45,11 +44,11 @@ struct Isa {
         return _mm512_set1_epi32(four);
     }
     static Ints start(int32_t bias) { return _mm512_set1_epi32(bias); }
-    static Ints dot(Ints sum, Bytes level, Bytes x) { return _mm512_dpbusd_epi32(sum, level, x); }
-    static Ints dot_whole(Bytes level, Bytes x, Ints sum) {
-        const Ints raised = _mm512_dpbusd_epi32(sum, level, x);
-        return _mm512_sub_epi32(raised, _mm512_dpbusd_epi32(_mm512_setzero_si512(), splat(-128), x));
+    template <int BIAS>
+    static Ints dot(Ints sum, Bytes level, Bytes x) {
+        return _mm512_dpbusd_epi32(sum, level, x);
     }
+    static Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
     static Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
     static Floats zero() { return _mm512_setzero_ps(); }
     static Floats set(float v) { return _mm512_set1_ps(v); }

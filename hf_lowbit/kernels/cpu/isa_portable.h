@@ -11,8 +11,7 @@ namespace {
 
 struct Isa {
     static constexpr int kLanes = 16, kSlices = 1;
-    static constexpr bool kBiased = false;
-    static constexpr int kRows = 4;
+    static constexpr int kBias = 0, kFewBias = 0;
     struct Bytes {
         uint8_t v[64];
     };
@@ -76,6 +75,7 @@ struct Isa {
         return each<Bytes>([&](int i) { return uint8_t(x[i & 3]); });
     }
     static Ints start(int32_t) { return Ints{}; }
+    template <int BIAS>
     static Ints dot(const Ints& sum, const Bytes& level, const Bytes& x) {
         Ints out;
         for (int i = 0; i < 16; ++i) {
@@ -85,7 +85,7 @@ struct Isa {
         }
         return out;
     }
-    static Ints dot_whole(const Bytes& level, const Bytes& x, const Ints& sum) { return dot(sum, level, x); }
+    static Ints minus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] - b.v[i]; }); }
     static Floats to_floats(const Ints& v) { return each<Floats>([&](int i) { return float(v.v[i]); }); }
     static Floats zero() { return Floats{}; }
     static Floats set(float v) { return each<Floats>([&](int) { return v; }); }

@@ -27,20 +27,28 @@ T* take(char*& at, int64_t count) {
     return out;
 }
 
-// Grown as needed, one per thread, never returned while the thread lives.
-char* thread_room(int64_t bytes) {
-    struct Room {
-        std::unique_ptr<char[]> data;
-        int64_t size = 0;
-    };
-    static thread_local Room room;
-    if (room.size < bytes) {
-        room.data.reset();
-        room.size = 0;
-        room.data.reset(new char[size_t(bytes)]);
-        room.size = bytes;
+// Memory that grows as needed.
+struct Room {
+    std::unique_ptr<char[]> data;
+    int64_t size = 0;
+
+    char* get(int64_t bytes) {
+        if (size < bytes) {
+            data.reset();
+            size = 0;
+            data.reset(new char[size_t(bytes)]);
+            size = bytes;
+        }
+        return data.get();
     }
-    return room.data.get();
+};
+
+constexpr int64_t kKeep = 8 << 20;
+
+// For work on tiles, one per thread, kept while the thread lives.
+char* thread_room(int64_t bytes) {
+    static thread_local Room room;
+    return room.get(bytes);
 }
 
 void fill_row(const Matrix& m, const void* x, int64_t row, int dtype, float* out) {
@@ -82,7 +90,7 @@ struct Job {
 int64_t scratch_bytes(const Matrix& m, int64_t batch) {
     int64_t groups = 1;
     for (int i = 0; i < m.stages; ++i) groups = groups > m.stage[i].groups ? groups : m.stage[i].groups;
-    return 64 * 8 + groups * kTile * 4 + 16 * 64 + int64_t(m.blocks) * kQuads * 64 + 2 * batch * kTile * 4;
+    return 64 * 8 + groups * kTile * 4 + 16 * 64 + 2 * batch * kTile * 4;
 }
 
 void add_outliers(const Job& job, int tile, float* y) {
@@ -142,7 +150,6 @@ void run_tile(const Job& job, int tile) {
     for (int i = 0; i < m.stages; ++i) groups = groups > m.stage[i].groups ? groups : m.stage[i].groups;
     scratch.scales = take<float>(at, groups * kTile);
     scratch.tables = take<int8_t>(at, 16 * 64);
-    scratch.levels = take<uint8_t>(at, int64_t(m.blocks) * kQuads * 64);
     float* y = take<float>(at, batch * kTile);
     float* part = take<float>(at, batch * kTile);
     bool begun = false;
@@ -168,7 +175,6 @@ void run_partial_tile(const Job& job, int number, int tile) {
     Scratch scratch{};
     scratch.scales = take<float>(at, int64_t(s.groups) * kTile);
     scratch.tables = take<int8_t>(at, 16 * 64);
-    scratch.levels = take<uint8_t>(at, int64_t(m.blocks) * kQuads * 64);
     float* y = take<float>(at, batch * kTile);
     (job.exact ? body().tile_exact : body().tile_int8)(m, s, tile, *job.x, job.group_sums[number], scratch, y);
     const int32_t* ids = m.at<int32_t>(s.row_ids_at);
@@ -253,17 +259,18 @@ int32_t linear(const Matrix* const* matrices, int count, const void* x, int64_t 
         bytes += job_bytes(m, batch) + activation_bytes(batch, m.columns) + int64_t(sizeof(Job) + sizeof(Activations));
         work += int64_t(m.rows) * m.columns * batch * m.stages;
     }
-    // Allocated rather than kept: a prefill's share would stay with every thread that ever made one.
-    std::unique_ptr<char[]> room(new (std::nothrow) char[size_t(bytes)]);
+    // Kept between calls where it is small, since fresh pages cost a fifth of a product of 64 rows of 2048.
+    static thread_local Room kept;
+    Room large;
+    char* at = (bytes <= kKeep ? kept : large).get(bytes);
     std::unique_ptr<Job[]> jobs(new (std::nothrow) Job[size_t(count)]);
     std::unique_ptr<Activations[]> inputs(new (std::nothrow) Activations[size_t(count)]);
-    if (!room || !jobs || !inputs) return LOWBIT_E_MEMORY;
+    if (!jobs || !inputs) return LOWBIT_E_MEMORY;
     for (int i = 0; i < count; ++i) {
         const int wanted = mode == LOWBIT_AUTO ? matrices[i]->auto_mode : mode;
         jobs[i].exact = wanted == LOWBIT_EXACT || !matrices[i]->has_int8;
         any_int8 |= !jobs[i].exact;
     }
-    char* at = room.get();
     int made = 0;
     const Activations* plain = nullptr;
     int owners[64];

@@ -35,8 +35,7 @@ enum Kind : int32_t {
     kTable = 0,   // byte shuffle, one table per lane of four rows
     kMixed = 1,   // byte shuffle, a table per row
     kLinear = 2,  // code - zero
-    kLevels = 3,  // the bytes are levels already: a tile expanded for many rows of activations
-    kNone = 4,    // no int8 form: too many levels, or several tables of more than 16
+    kNone = 3,    // no int8 form: too many levels, or several tables of more than 16
 };
 
 struct Stage {

@@ -18,8 +18,12 @@ struct Int8Table {
     double rounding = 0, spacing = 0;  // mean squares: of the levels' rounding, and of what the usual gap between levels makes
 };
 
-// The scale under which the levels lie nearest to integers of at most 127: exact for integer tables.
-Int8Table fit_int8(const float* levels, int count) {
+// Largest integer a level becomes: at up to 3 bits half of what a byte holds, which lets AVX2 do without the signs (unpack.h),
+// and is still thirty times finer than the codes.
+int range_of(int bits) { return bits <= 3 ? 63 : 127; }
+
+// The scale under which the levels lie nearest to integers of at most `range`: exact for tables of such integers.
+Int8Table fit_int8(const float* levels, int count, int range) {
     Int8Table best;
     double top = 0;
     std::vector<double> gaps;
@@ -31,8 +35,8 @@ Int8Table fit_int8(const float* levels, int count) {
     if (!(top > 0) || !std::isfinite(top)) return best;
     best.rounding = std::numeric_limits<double>::infinity();
     std::vector<double> scales;
-    if (top <= 127) scales.push_back(1);
-    for (int steps = 127; steps >= 64; --steps) scales.push_back(top / steps);
+    if (top <= range) scales.push_back(1);
+    for (int steps = range; steps > range / 2; --steps) scales.push_back(top / steps);
     for (double scale : scales) {
         double sum = 0;
         const double rounded = double(float(scale));
@@ -46,8 +50,8 @@ Int8Table fit_int8(const float* levels, int count) {
     return best;
 }
 
-int8_t round_level(float level, float scale) {
-    return int8_t(std::min(127.0, std::max(-128.0, std::nearbyint(double(level) / double(scale)))));
+int8_t round_level(float level, float scale, int range) {
+    return int8_t(std::min<double>(range, std::max<double>(-range, std::nearbyint(double(level) / double(scale)))));
 }
 
 // Whether the levels are code - zero, save that neighbours may be equal at the very top (`uniform`).
@@ -204,16 +208,19 @@ void fill_tables(const LowbitStageSource& from, Stage& s, uint8_t* base, std::ve
     s.kind = kTable, s.auto_int8 = 1;
     for (int t = 0; t < s.tables; ++t) {
         const float* levels = from.levels + int64_t(t) * s.entries;
-        const Int8Table found = fit_int8(levels, s.entries);
+        const Int8Table found = fit_int8(levels, s.entries, range_of(from.bits));
         scales[size_t(t)] = found.scale;
         if (from.bits > 4 && found.rounding > 0.25 * found.spacing) s.auto_int8 = 0;
         int8_t* out = reinterpret_cast<int8_t*>(base + s.bytes_at) + int64_t(t) * (from.bits <= 4 ? 16 * s.variants : s.entries);
         if (from.bits > 4) {
-            for (int i = 0; i < s.entries; ++i) out[i] = round_level(levels[i], found.scale);
+            for (int i = 0; i < s.entries; ++i) out[i] = round_level(levels[i], found.scale, 127);
             continue;
         }
         for (int v = 0; v < s.variants; ++v) {
-            for (int i = 0; i < 16; ++i) out[16 * v + i] = round_level(levels[i >> (v * from.bits) & (s.entries - 1)], found.scale);
+            for (int i = 0; i < 16; ++i) {
+                const float level = levels[i >> (v * from.bits) & (s.entries - 1)];
+                out[16 * v + i] = round_level(level, found.scale, range_of(from.bits));
+            }
         }
     }
     if (s.tables == 1) s.table_scale = scales[0];

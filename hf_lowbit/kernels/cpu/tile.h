@@ -21,31 +21,38 @@ struct Walk {
 // y[m] += sum over groups of scale * (sum over the group's blocks of x's scale * integer sum), for M rows of x.
 template <int BITS, int KIND, int M, bool ALIGNED>
 void rows_int8(const Walk& w, const Activations& x, int64_t first, float* y) {
-    constexpr int kS = Isa::kSlices, kBytes = KIND == kLevels ? 512 : 64 * BITS;
+    constexpr int kS = Isa::kSlices, kBytes = 64 * BITS, kBias = bias_of<BITS, KIND>();
     const int64_t stride = int64_t(x.blocks);
     for (int s = 0; s < kS; ++s) {
         const Tables<BITS, KIND> tables(w.tables, s, w.zero);
         const uint8_t* p = w.codes + s * kStep;
         const float* scales = w.scales + s * Isa::kLanes;
         Floats sum[M];
+        LOWBIT_UNROLL
         for (int m = 0; m < M; ++m) sum[m] = Isa::zero();
         if constexpr (ALIGNED) {
             const int per_group = w.group / kBlock;
             for (int b = 0, g = 0; b < w.blocks; ++g) {
                 const int end = b + per_group < w.blocks ? b + per_group : w.blocks;
                 Floats part[M];
+                LOWBIT_UNROLL
                 for (int m = 0; m < M; ++m) part[m] = Isa::zero();
                 for (; b < end; ++b, p += kBytes) {
                     Bytes level[kQuads];
                     unpack_levels<BITS, KIND>(p, tables, level);
+                    LOWBIT_UNROLL
                     for (int m = 0; m < M; ++m) {
                         const int64_t at = (first + m) * stride + b;
-                        Ints whole = Isa::start(x.bias[at]);
-                        for (int k = 0; k < kQuads; ++k) whole = Isa::dot(whole, level[k], Isa::quad(x.rounded + at * kBlock + 4 * k));
+                        Ints whole = Isa::start(kBias ? x.bias[at] : 0);
+                        LOWBIT_UNROLL
+                        for (int k = 0; k < kQuads; ++k) {
+                            whole = Isa::template dot<kBias>(whole, level[k], Isa::quad(x.rounded + at * kBlock + 4 * k));
+                        }
                         part[m] = Isa::fma(Isa::to_floats(whole), Isa::set(x.scale[at]), part[m]);
                     }
                 }
                 const Floats scale = Isa::loadf(scales + g * kTile);
+                LOWBIT_UNROLL
                 for (int m = 0; m < M; ++m) sum[m] = Isa::fma(part[m], scale, sum[m]);
             }
         } else {
@@ -60,7 +67,11 @@ void rows_int8(const Walk& w, const Activations& x, int64_t first, float* y) {
                     for (int m = 0; m < M; ++m) {
                         const int64_t at = (first + m) * stride + b;
                         Ints whole = Isa::start(0);
-                        for (int i = k; i < end; ++i) whole = Isa::dot_whole(level[i], Isa::quad(x.rounded + at * kBlock + 4 * i), whole);
+                        for (int i = k; i < end; ++i) {
+                            const Bytes four = Isa::quad(x.rounded + at * kBlock + 4 * i);
+                            whole = Isa::template dot<kBias>(whole, level[i], four);
+                            if constexpr (kBias != 0) whole = Isa::minus(whole, Isa::template dot<kBias>(Isa::start(0), Isa::splat(kBias), four));
+                        }
                         const Floats part = Isa::mul(Isa::to_floats(whole), Isa::set(x.scale[at]));
                         sum[m] = Isa::fma(part, scale, sum[m]);
                     }
@@ -69,50 +80,80 @@ void rows_int8(const Walk& w, const Activations& x, int64_t first, float* y) {
                 }
             }
         }
+        LOWBIT_UNROLL
         for (int m = 0; m < M; ++m) Isa::storef(y + m * kTile + s * Isa::kLanes, sum[m]);
     }
 }
 
-// The same with float x and true levels: four sums by column within a quad, joined at the end of each group.
+// Adds the products of one quad of columns, with float x and true levels, to four sums by column within the quad.
+template <int BITS, bool GATHER, int M>
+inline void quad_exact(const Walk& w, const typename Isa::Levels& levels, const Bytes& start, const Bytes& code, const float* x,
+                       int64_t stride, Floats part[M][4]) {
+    const Bytes lane[4] = {code, Isa::shr<8>(code), Isa::shr<16>(code), Isa::shr<24>(code)};
+    LOWBIT_UNROLL
+    for (int j = 0; j < 4; ++j) {
+        Floats level;
+        if constexpr (GATHER) level = Isa::gather(w.levels, Isa::add32(Isa::low_byte(lane[j]), start));
+        else level = Isa::pick<BITS>(levels, lane[j]);
+        LOWBIT_UNROLL
+        for (int m = 0; m < M; ++m) part[m][j] = Isa::fma(level, Isa::set(x[m * stride + j]), part[m][j]);
+    }
+}
+
+// As rows_int8, without rounding: the four sums of a group are joined and scaled where it ends.
 template <int BITS, bool GATHER, int M>
 void rows_exact(const Walk& w, const Activations& x, int64_t first, float* y) {
     const int64_t stride = int64_t(x.blocks) * kBlock;
+    const bool aligned = w.group % kBlock == 0;
     for (int s = 0; s < Isa::kSlices; ++s) {
         const uint8_t* p = w.codes + s * kStep;
         const float* scales = w.scales + s * Isa::kLanes;
+        const float* values = x.values + first * stride;
         alignas(64) int32_t starts[kTile] = {};
         for (int r = 0; GATHER && w.table_of_row && r < kTile; ++r) starts[r] = w.table_of_row[r] * w.entries;
         const Bytes start = Isa::load(starts + s * Isa::kLanes);
         typename Isa::Levels levels{};
         if constexpr (!GATHER) levels = Isa::levels(w.levels, w.entries);
         Floats sum[M], part[M][4];
-        for (int m = 0; m < M; ++m) {
-            sum[m] = Isa::zero();
-            for (int j = 0; j < 4; ++j) part[m][j] = Isa::zero();
-        }
+        const auto clear = [&] {
+            LOWBIT_UNROLL
+            for (int m = 0; m < M; ++m) {
+                LOWBIT_UNROLL
+                for (int j = 0; j < 4; ++j) part[m][j] = Isa::zero();
+            }
+        };
+        const auto close = [&](int g) {
+            const Floats scale = Isa::loadf(scales + (g < w.groups ? g : w.groups - 1) * kTile);
+            LOWBIT_UNROLL
+            for (int m = 0; m < M; ++m) {
+                sum[m] = Isa::fma(Isa::add(Isa::add(part[m][0], part[m][1]), Isa::add(part[m][2], part[m][3])), scale, sum[m]);
+            }
+            clear();
+        };
+        LOWBIT_UNROLL
+        for (int m = 0; m < M; ++m) sum[m] = Isa::zero();
+        clear();
         int g = 0, left = w.group / 4;
-        for (int b = 0; b < w.blocks; ++b, p += 64 * BITS) {
+        for (int b = 0; b < w.blocks; ++b, p += 64 * BITS, values += kBlock) {
             Bytes code[kQuads];
             unpack_codes<BITS>(p, code);
+            if (aligned) {
+                if constexpr (GATHER) {
+                    for (int k = 0; k < kQuads; ++k) quad_exact<BITS, true, M>(w, levels, start, code[k], values + 4 * k, stride, part);
+                } else {
+                    LOWBIT_UNROLL
+                    for (int k = 0; k < kQuads; ++k) quad_exact<BITS, false, M>(w, levels, start, code[k], values + 4 * k, stride, part);
+                }
+                if ((left -= kQuads) == 0) close(g++), left = w.group / 4;
+                continue;
+            }
             for (int k = 0; k < kQuads; ++k) {
-                const Bytes lane[4] = {code[k], Isa::shr<8>(code[k]), Isa::shr<16>(code[k]), Isa::shr<24>(code[k])};
-                for (int j = 0; j < 4; ++j) {
-                    Floats level;
-                    if constexpr (GATHER) level = Isa::gather(w.levels, Isa::add32(Isa::low_byte(lane[j]), start));
-                    else level = Isa::pick<BITS>(levels, lane[j]);
-                    for (int m = 0; m < M; ++m) {
-                        part[m][j] = Isa::fma(level, Isa::set(x.values[(first + m) * stride + b * kBlock + 4 * k + j]), part[m][j]);
-                    }
-                }
-                if (--left && !(b + 1 == w.blocks && k + 1 == kQuads)) continue;
-                const Floats scale = Isa::loadf(scales + (g < w.groups ? g : w.groups - 1) * kTile);
-                for (int m = 0; m < M; ++m) {
-                    sum[m] = Isa::fma(Isa::add(Isa::add(part[m][0], part[m][1]), Isa::add(part[m][2], part[m][3])), scale, sum[m]);
-                    for (int j = 0; j < 4; ++j) part[m][j] = Isa::zero();
-                }
-                left = w.group / 4, ++g;
+                quad_exact<BITS, GATHER, M>(w, levels, start, code[k], values + 4 * k, stride, part);
+                if (--left == 0) close(g++), left = w.group / 4;
             }
         }
+        if (left != w.group / 4) close(g);
+        LOWBIT_UNROLL
         for (int m = 0; m < M; ++m) Isa::storef(y + m * kTile + s * Isa::kLanes, sum[m]);
     }
 }
@@ -141,13 +182,14 @@ inline void decode_scales(const Stage& s, const uint8_t* from, float* out) {
 inline void spread_tables(const Matrix& m, const Stage& s, const uint8_t* tile, int8_t* out) {
     const int8_t* bytes = m.at<int8_t>(s.bytes_at);
     const int32_t* ids = s.tables > 1 ? reinterpret_cast<const int32_t*>(tile) : nullptr;
+    const int bias = s.bits <= 3 ? Isa::kFewBias : Isa::kBias;
     const int passes = s.kind == kMixed ? 4 : 1, parts = s.entries > 16 ? s.entries / 16 : s.variants;
     for (int v = 0; v < parts; ++v) {
         for (int r = 0; r < passes; ++r) {
             for (int lane = 0; lane < 4; ++lane, out += 16) {
                 const int table = ids ? ids[4 * lane + r] : 0;
                 std::memcpy(out, bytes + 16 * (int64_t(table) * parts + v), 16);
-                for (int i = 0; Isa::kBiased && i < 16; ++i) out[i] = int8_t(out[i] ^ -128);
+                for (int i = 0; i < 16; ++i) out[i] = int8_t(out[i] + bias);
             }
         }
     }
@@ -155,64 +197,38 @@ inline void spread_tables(const Matrix& m, const Stage& s, const uint8_t* tile, 
 
 using Rows = void (*)(const Walk&, const Activations&, int64_t, float*);
 
-// Run a kernel over all rows of x: MOST of them at a time while there are so many, then 4, 2 and 1.
-template <int MOST, class Pick>
+// Run a kernel over all rows of x, four at a time and then two and one. Unpacking a block costs a few percent of four
+// products with it; expanding a tile into memory once for all rows was slower (1.2 against 0.9 cycles per 32 products).
+template <class Pick>
 void over_rows(const Walk& w, const Activations& x, const Pick& pick, float* y) {
     for (int64_t m = 0; m < x.batch;) {
         const int64_t left = x.batch - m;
-        const int take = left >= MOST ? MOST : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        const int take = left >= 4 ? 4 : left >= 2 ? 2 : 1;
         pick(take)(w, x, m, y + m * kTile);
         m += take;
     }
 }
 
-template <int BITS, int KIND>
-Rows int8_rows(int rows, bool aligned) {
-    switch (rows) {
-        case 1: return aligned ? rows_int8<BITS, KIND, 1, true> : rows_int8<BITS, KIND, 1, false>;
-        case 2: return aligned ? rows_int8<BITS, KIND, 2, true> : rows_int8<BITS, KIND, 2, false>;
-        case 4: return aligned ? rows_int8<BITS, KIND, 4, true> : rows_int8<BITS, KIND, 4, false>;
-        default: return aligned ? rows_int8<BITS, KIND, Isa::kRows, true> : rows_int8<BITS, KIND, Isa::kRows, false>;
-    }
+template <int BITS, int KIND, bool ALIGNED>
+Rows int8_rows(int rows) {
+    return rows == 1 ? rows_int8<BITS, KIND, 1, ALIGNED> : rows == 2 ? rows_int8<BITS, KIND, 2, ALIGNED> : rows_int8<BITS, KIND, 4, ALIGNED>;
 }
 
 template <int BITS, int KIND>
-void expand(const Walk& w, uint8_t* out) {
-    for (int s = 0; s < Isa::kSlices; ++s) {
-        const Tables<BITS, KIND> tables(w.tables, s, w.zero);
-        for (int b = 0; b < w.blocks; ++b) {
-            Bytes level[kQuads];
-            unpack_levels<BITS, KIND>(w.codes + b * 64 * BITS + s * kStep, tables, level);
-            for (int k = 0; k < kQuads; ++k) Isa::store(out + (b * kQuads + k) * 64 + s * kStep, level[k]);
-        }
-    }
-}
-
-// From this many rows of x on, a tile is expanded once instead of once per four rows.
-constexpr int kExpandFrom = 8;
-
-template <int BITS, int KIND>
-void run_int8(Walk& w, const Activations& x, uint8_t* room, float* y) {
-    const bool aligned = w.group % kBlock == 0;
-    if (x.batch < kExpandFrom) {
-        over_rows<4>(w, x, [&](int rows) { return int8_rows<BITS, KIND>(rows, aligned); }, y);
-        return;
-    }
-    expand<BITS, KIND>(w, room);
-    w.codes = room;
-    over_rows<Isa::kRows>(w, x, [&](int rows) { return int8_rows<8, kLevels>(rows, aligned); }, y);
+void run_int8(const Walk& w, const Activations& x, float* y) {
+    over_rows(w, x, w.group % kBlock ? int8_rows<BITS, KIND, false> : int8_rows<BITS, KIND, true>, y);
 }
 
 template <int BITS>
-void run_shuffle(int kind, Walk& w, const Activations& x, uint8_t* room, float* y) {
-    if (kind == kMixed) run_int8<BITS, kMixed>(w, x, room, y);
-    else run_int8<BITS, kTable>(w, x, room, y);
+void run_shuffle(int kind, const Walk& w, const Activations& x, float* y) {
+    if (kind == kMixed) run_int8<BITS, kMixed>(w, x, y);
+    else run_int8<BITS, kTable>(w, x, y);
 }
 
 template <int BITS>
-void run_wide(int kind, Walk& w, const Activations& x, uint8_t* room, float* y) {
-    if (kind == kLinear) run_int8<BITS, kLinear>(w, x, room, y);
-    else run_int8<BITS, kTable>(w, x, room, y);
+void run_wide(int kind, const Walk& w, const Activations& x, float* y) {
+    if (kind == kLinear) run_int8<BITS, kLinear>(w, x, y);
+    else run_int8<BITS, kTable>(w, x, y);
 }
 
 Walk start_walk(const Matrix& m, const Stage& s, const uint8_t* tile, Scratch& scratch) {
@@ -239,16 +255,16 @@ void add_offsets(const Stage& s, const uint8_t* tile, int64_t batch, const float
 void tile_int8(const Matrix& m, const Stage& s, int number, const Activations& x, const float* group_sums, Scratch& scratch,
                float* y) {
     const uint8_t* tile = m.tile(s, number);
-    Walk w = start_walk(m, s, tile, scratch);
+    const Walk w = start_walk(m, s, tile, scratch);
     if (s.kind == kTable || s.kind == kMixed) spread_tables(m, s, tile, scratch.tables);
     switch (s.bits) {
-        case 1: run_shuffle<1>(s.kind, w, x, scratch.levels, y); break;
-        case 2: run_shuffle<2>(s.kind, w, x, scratch.levels, y); break;
-        case 3: run_shuffle<3>(s.kind, w, x, scratch.levels, y); break;
-        case 4: run_shuffle<4>(s.kind, w, x, scratch.levels, y); break;
-        case 5: run_wide<5>(s.kind, w, x, scratch.levels, y); break;
-        case 6: run_wide<6>(s.kind, w, x, scratch.levels, y); break;
-        default: run_int8<8, kLinear>(w, x, scratch.levels, y); break;
+        case 1: run_shuffle<1>(s.kind, w, x, y); break;
+        case 2: run_shuffle<2>(s.kind, w, x, y); break;
+        case 3: run_shuffle<3>(s.kind, w, x, y); break;
+        case 4: run_shuffle<4>(s.kind, w, x, y); break;
+        case 5: run_wide<5>(s.kind, w, x, y); break;
+        case 6: run_wide<6>(s.kind, w, x, y); break;
+        default: run_int8<8, kLinear>(w, x, y); break;
     }
     const float* of_row = reinterpret_cast<const float*>(tile) + kTile;
     for (int64_t i = 0; i < x.batch; ++i) {
@@ -280,7 +296,7 @@ void tile_exact(const Matrix& m, const Stage& s, int number, const Activations& 
             default: return exact_rows<8>(rows, true);
         }
     };
-    over_rows<4>(w, x, pick, y);
+    over_rows(w, x, pick, y);
     if (s.has_offset) add_offsets(s, tile, x.batch, group_sums, scratch, y);
 }
 
@@ -308,7 +324,7 @@ void round_row(const float* values, int blocks, int8_t* rounded, float* scale, i
             sum += code;
         }
         scale[b] = finite ? largest / 127.0f : largest - largest;  // not finite: NaN, and so is every output
-        bias[b] = -128 * sum;
+        bias[b] = -Isa::kFewBias * sum;
     }
 }
 

@@ -3,6 +3,19 @@
 // Included by the file of each instruction set after its Isa; everything has internal linkage.
 #pragma once
 
+// Loops over registers: left rolled, the compiler keeps them in memory, which costs half the speed.
+#if defined(__clang__)
+#define LOWBIT_UNROLL _Pragma("clang loop unroll(full)")
+#elif defined(__GNUC__)
+#define LOWBIT_UNROLL _Pragma("GCC unroll 8")
+#else
+#define LOWBIT_UNROLL
+#endif
+#if defined(LOWBIT_PORTABLE)  // whose registers are arrays: unrolled, they take the compiler minutes
+#undef LOWBIT_UNROLL
+#define LOWBIT_UNROLL
+#endif
+
 namespace lowbit {
 namespace {
 
@@ -25,6 +38,7 @@ inline Bytes three_bit_rest(const Bytes& a, const Bytes& b, const Bytes& c) {
 
 template <int BITS>
 inline void nibbles(const uint8_t* p, Bytes out[kQuads]) {
+    LOWBIT_UNROLL
     for (int k = 0; k < 4; ++k) {
         const Bytes v = Isa::load(p + 64 * k);
         out[2 * k] = nibble<0>(v), out[2 * k + 1] = nibble<4>(v);
@@ -47,6 +61,7 @@ inline Bytes bit_above(const Bytes& v) {  // bit K of a byte, moved to bit 4
 template <int BITS>
 inline void unpack_codes(const uint8_t* p, Bytes out[kQuads]) {
     if constexpr (BITS == 8) {
+        LOWBIT_UNROLL
         for (int k = 0; k < kQuads; ++k) out[k] = Isa::load(p + 64 * k);
     } else if constexpr (BITS == 1) {
         const Bytes v = Isa::load(p), one = Isa::splat(1);
@@ -55,6 +70,7 @@ inline void unpack_codes(const uint8_t* p, Bytes out[kQuads]) {
         out[4] = Isa::and_(Isa::shr<4>(v), one), out[5] = Isa::and_(Isa::shr<5>(v), one);
         out[6] = Isa::and_(Isa::shr<6>(v), one), out[7] = Isa::and_(Isa::shr<7>(v), one);
     } else if constexpr (BITS == 2) {
+        LOWBIT_UNROLL
         for (int k = 0; k < 2; ++k) {
             const Bytes v = Isa::load(p + 64 * k), three = Isa::splat(3);
             out[4 * k] = Isa::and_(v, three), out[4 * k + 1] = Isa::and_(Isa::shr<2>(v), three);
@@ -63,6 +79,7 @@ inline void unpack_codes(const uint8_t* p, Bytes out[kQuads]) {
     } else if constexpr (BITS == 3) {
         const Bytes a = Isa::load(p), b = Isa::load(p + 64), c = Isa::load(p + 128), seven = Isa::splat(7);
         const Bytes v[3] = {a, b, c}, rest = three_bit_rest(a, b, c);
+        LOWBIT_UNROLL
         for (int k = 0; k < 3; ++k) {
             out[2 * k] = Isa::and_(v[k], seven), out[2 * k + 1] = Isa::and_(Isa::shr<4>(v[k]), seven);
         }
@@ -76,6 +93,7 @@ inline void unpack_codes(const uint8_t* p, Bytes out[kQuads]) {
             out[4] = Isa::or_(out[4], bit_above<4>(v)), out[5] = Isa::or_(out[5], bit_above<5>(v));
             out[6] = Isa::or_(out[6], bit_above<6>(v)), out[7] = Isa::or_(out[7], bit_above<7>(v));
         } else if constexpr (BITS == 6) {
+            LOWBIT_UNROLL
             for (int k = 0; k < 2; ++k) {
                 const Bytes v = Isa::load(p + 256 + 64 * k);
                 out[4 * k] = Isa::or_(out[4 * k], pair_above<0>(v));
@@ -87,6 +105,13 @@ inline void unpack_codes(const uint8_t* p, Bytes out[kQuads]) {
     }
 }
 
+// What is added to levels so that they are unsigned. An instruction set that multiplies unsigned by signed bytes wants it; at
+// up to 3 bits levels are at most 63, so that level + 64 times int8 in pairs still fits the 16 bits of AVX2.
+template <int BITS, int KIND>
+constexpr int bias_of() {
+    return BITS <= 3 ? Isa::kFewBias : Isa::kBias;
+}
+
 // The int8 tables of one slice of a tile, in registers or near them.
 template <int BITS, int KIND>
 struct Tables {
@@ -95,9 +120,11 @@ struct Tables {
     Bytes part[kVariants][kPasses];
     Bytes zero;
 
-    Tables(const int8_t* tables, int slice, int zero_code) : zero(Isa::splat((Isa::kBiased ? 128 : 0) - zero_code)) {
+    Tables(const int8_t* tables, int slice, int zero_code) : zero(Isa::splat(bias_of<BITS, KIND>() - zero_code)) {
         if constexpr (KIND == kTable || KIND == kMixed) {
+            LOWBIT_UNROLL
             for (int v = 0; v < kVariants; ++v) {
+                LOWBIT_UNROLL
                 for (int r = 0; r < kPasses; ++r) part[v][r] = Isa::load(tables + 64 * (v * kPasses + r) + slice * kStep);
             }
         }
@@ -112,6 +139,7 @@ struct Tables {
     // Tables of 32 or 64 entries: each sixteenth answers the codes in its range and gives zero for the others.
     Bytes look_far(const Bytes& code) const {
         Bytes out = Isa::shuffle(part[0][0], Isa::adds8(code, Isa::splat(0x70)));
+        LOWBIT_UNROLL
         for (int s = 1; s < kVariants; ++s) {
             const Bytes within = Isa::adds8(Isa::add8(code, Isa::splat(-16 * s)), Isa::splat(0x70));
             out = Isa::or_(out, Isa::shuffle(part[s][0], within));
@@ -123,12 +151,12 @@ struct Tables {
 // The int8 levels of a block, in the form Isa::dot takes.
 template <int BITS, int KIND>
 inline void unpack_levels(const uint8_t* p, const Tables<BITS, KIND>& t, Bytes out[kQuads]) {
-    if constexpr (KIND == kLevels) {
-        for (int k = 0; k < kQuads; ++k) out[k] = Isa::load(p + 64 * k);
-    } else if constexpr (KIND == kLinear) {
+    if constexpr (KIND == kLinear) {
         unpack_codes<BITS>(p, out);
+        LOWBIT_UNROLL
         for (int k = 0; k < kQuads; ++k) out[k] = Isa::add8(out[k], t.zero);
     } else if constexpr (BITS == 4) {
+        LOWBIT_UNROLL
         for (int k = 0; k < 4; ++k) {
             const Bytes v = Isa::load(p + 64 * k);
             out[2 * k] = t.template look<0>(nibble<0>(v)), out[2 * k + 1] = t.template look<0>(nibble<4>(v));
@@ -136,11 +164,13 @@ inline void unpack_levels(const uint8_t* p, const Tables<BITS, KIND>& t, Bytes o
     } else if constexpr (BITS == 3) {  // the table is there twice, so the top bit of a nibble does not matter
         const Bytes a = Isa::load(p), b = Isa::load(p + 64), c = Isa::load(p + 128);
         const Bytes v[3] = {a, b, c}, rest = three_bit_rest(a, b, c);
+        LOWBIT_UNROLL
         for (int k = 0; k < 3; ++k) {
             out[2 * k] = t.template look<0>(nibble<0>(v[k])), out[2 * k + 1] = t.template look<0>(nibble<4>(v[k]));
         }
         out[6] = t.template look<0>(nibble<0>(rest)), out[7] = t.template look<0>(nibble<4>(rest));
     } else if constexpr (BITS == 2) {  // a nibble is two codes; a table for each spares their separation
+        LOWBIT_UNROLL
         for (int k = 0; k < 2; ++k) {
             const Bytes v = Isa::load(p + 64 * k), low = nibble<0>(v), high = nibble<4>(v);
             out[4 * k] = t.template look<0>(low), out[4 * k + 1] = t.template look<1>(low);
@@ -154,6 +184,7 @@ inline void unpack_levels(const uint8_t* p, const Tables<BITS, KIND>& t, Bytes o
         out[6] = t.template look<2>(high), out[7] = t.template look<3>(high);
     } else {
         unpack_codes<BITS>(p, out);
+        LOWBIT_UNROLL
         for (int k = 0; k < kQuads; ++k) out[k] = t.look_far(out[k]);
     }
 }
