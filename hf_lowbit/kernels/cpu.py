@@ -65,6 +65,11 @@ def set_arithmetic(mode: str) -> None:
     _mode = MODES[mode]
 
 
+def mode() -> int:
+    """The mode in force, a value of ``MODES``."""
+    return _mode
+
+
 @contextmanager
 def arithmetic(mode: str) -> Iterator[None]:
     """The same for the length of a ``with`` block; the setting is the process's, not the thread's."""

@@ -54,6 +54,10 @@ _SIGNATURES = {
         POINTER(c_void_p), c_int32, c_int32,
     ),
     "lowbit_rows": (c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_void_p, c_int32),
+    "lowbit_layer_start": (
+        c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p,
+    ),
+    "lowbit_layer_finish": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p),
     "lowbit_read_probe": (c_uint64, c_void_p, c_int64, c_int32),
 }  # fmt: skip
 

@@ -55,7 +55,7 @@ class LowBitModule(nn.Module):
         first = self._buffers[field_name(parameter, "codes")]
         cache = self.__dict__.setdefault("_prepared", {})
         known = cache.get(parameter)
-        writes = _writes(first)
+        writes = written(first)
         if known is None or known[0] is not first or writes not in (None, known[1]):
             backend = self.choice(parameter).backend
             known = cache[parameter] = (first, writes, backend, backend.prepare(self.lowbit(parameter)))
@@ -167,7 +167,7 @@ class LowBitTiedHead(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, tied"
 
 
-def _writes(tensor: Tensor | None) -> int | None:
+def written(tensor: Tensor | None) -> int | None:
     """How often a tensor was written to in place; what was made in inference mode or is being traced does not say."""
     if torch.compiler.is_compiling() or tensor is None or tensor.is_inference():
         return None

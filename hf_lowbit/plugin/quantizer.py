@@ -30,6 +30,7 @@ from hf_lowbit.plugin.auto import resolve
 from hf_lowbit.plugin.compress import calibration_for, check_calibration, compress, with_provenance
 from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.experts import LowBitExperts, to_dense
+from hf_lowbit.plugin.fused import fuse
 from hf_lowbit.plugin.hub import give_card
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
 from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
@@ -111,6 +112,7 @@ class LowBitQuantizer(HfQuantizer):
             for parameter in module.layouts:
                 module.__dict__.pop(parameter, None)
         prepare(model)
+        fuse(model)
         # Saved names are module names: the host's renamings on save would miss the header's record.
         model._weight_conversions = []
         give_card(model)

@@ -1,6 +1,7 @@
 // One set of kernels compiled for one instruction set. Each ISA's file fills in a Body; dispatch.cpp picks one.
 #pragma once
 #include "activations.h"
+#include "attention.h"
 #include "matrix.h"
 
 namespace lowbit {
@@ -20,6 +21,8 @@ struct Body {
     // stage with offsets: float [batch, groups], sums of x over each group.
     void (*tile_int8)(const Matrix&, const Stage&, int tile, const Activations&, const float* group_sums, Scratch&, float* y);
     void (*tile_exact)(const Matrix&, const Stage&, int tile, const Activations&, const float* group_sums, Scratch&, float* y);
+    // All queries of one sequence that share one head of keys.
+    void (*attend_head)(const Attention&, int sequence, int head, float* scratch);
 };
 
 const Body* body_portable();
