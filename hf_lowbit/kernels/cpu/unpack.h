@@ -11,7 +11,7 @@
 #else
 #define LOWBIT_UNROLL
 #endif
-#if defined(LOWBIT_PORTABLE)  // whose registers are arrays: unrolled, they take the compiler minutes
+#if defined(LOWBIT_PORTABLE) || defined(__SANITIZE_ADDRESS__)  // registers are then arrays: unrolled, they take minutes to compile
 #undef LOWBIT_UNROLL
 #define LOWBIT_UNROLL
 #endif
