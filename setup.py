@@ -21,7 +21,7 @@ from setuptools.errors import CompileError
 FOLDER = Path("hf_lowbit/kernels/cpu")
 LIBRARY = "hf_lowbit.kernels._lowbit_cpu"
 # No contraction: rows decoded for an embedding are bit for bit the reference's.
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread"]
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-pthread"]
 X86 = {
     "body_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "body_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
