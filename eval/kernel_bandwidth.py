@@ -50,7 +50,9 @@ def fastest(jobs: list[Callable[[], Any]], seconds: float) -> list[float]:
     return best
 
 
-def decode_row(bits: int, group: int, scale_bits: int, shape: tuple[int, int], batch: int, mode: str, seconds: float) -> dict:
+def decode_row(
+    bits: int, group: int, scale_bits: int, shape: tuple[int, int], batch: int, mode: str, seconds: float
+) -> dict:
     """One line of the decode table, with the read probe and float32 beside it."""
     backend, library = cpu.Cpu(), cpu_library.library()
     assert library is not None
@@ -85,9 +87,7 @@ def prefill_row(bits: int, group: int, scale_bits: int, shape: tuple[int, int], 
     backend, x = cpu.Cpu(), torch.randn(batch, shape[1])
     prepared, dense = backend.prepare(record(shape, bits, group, scale_bits)), torch.randn(shape)
     with cpu.arithmetic("int8"):
-        ours, float32 = fastest(
-            [lambda: backend.linear(x, prepared), lambda: torch.nn.functional.linear(x, dense)], seconds
-        )
+        ours, float32 = fastest([lambda: backend.linear(x, prepared), lambda: torch.nn.functional.linear(x, dense)], seconds)
     work = 2e-9 * batch * shape[0] * shape[1]
     return {
         "gflop_s": round(work / ours, 1),

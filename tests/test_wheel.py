@@ -113,7 +113,9 @@ def test_the_metadata_names_the_licence_and_the_runtime_needs_only(wheel):
 
 def test_an_unpacked_wheel_works_without_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    use = "import hf_lowbit, hf_lowbit.demo as d; print(hf_lowbit.__file__, (d.embedded_model() / 'config.json').is_file()); "
+    use = (
+        "import hf_lowbit, hf_lowbit.demo as d; print(hf_lowbit.__file__, (d.embedded_model() / 'config.json').is_file()); "
+    )
     use += "from hf_lowbit.kernels.cpu_library import instruction_sets; print(*instruction_sets())"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {use}"],

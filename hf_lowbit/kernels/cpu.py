@@ -105,7 +105,7 @@ class Prepared(NamedTuple):
 
 
 class Cpu(Backend):
-    """Compiled kernels for AVX-512, AVX2, NEON and plain C++: levels looked up in registers, int8 or exact arithmetic."""
+    """Compiled kernels for AVX-512, AVX2 and plain C++: levels looked up in registers, int8 or exact arithmetic."""
 
     name = "cpu"
 

@@ -1,7 +1,7 @@
 """Finds and opens the compiled CPU kernels: a shared library with a plain C ABI, beside this file.
 
 Nothing is opened on import; :func:`library` opens it once, on first use. A library that is missing or of another ABI
-version is not used, and :func:`trouble` says why. ``HF_LOWBIT_CPU_ISA`` (``portable``, ``avx2``, ``avx512``, ``neon``)
+version is not used, and :func:`trouble` says why. ``HF_LOWBIT_CPU_ISA`` (``portable``, ``avx2``, ``avx512``)
 forces a lower instruction set than the best one.
 """
 

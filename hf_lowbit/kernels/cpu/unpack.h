@@ -11,7 +11,8 @@
 #else
 #define LOWBIT_UNROLL
 #endif
-#if defined(LOWBIT_PORTABLE) || defined(__SANITIZE_ADDRESS__)  // registers are then arrays: unrolled, they take minutes to compile
+// Where registers are arrays, unrolled loops take the compiler minutes.
+#if defined(LOWBIT_PORTABLE) || defined(__SANITIZE_ADDRESS__)
 #undef LOWBIT_UNROLL
 #define LOWBIT_UNROLL
 #endif
