@@ -16,7 +16,17 @@ struct Walk {
     const float* levels;         // exact mode: tables of floats
     const int32_t* table_of_row; // exact mode, several tables
     int blocks, group, groups, zero, entries, variants;
+    int64_t tile_bytes;
 };
+
+// Ask for the share of the next tile that belongs to block b of slice s. With two slices a tile is read twice, the second
+// time from the cache: without this the memory would idle meanwhile.
+template <int BITS>
+inline void prefetch_next(const Walk& w, int s, int b) {
+    constexpr int kShare = 64 * BITS / Isa::kSlices;
+    const uint8_t* next = w.codes + w.tile_bytes + (int64_t(s) * w.blocks + b) * kShare;
+    for (int at = 0; at < kShare; at += 64) __builtin_prefetch(next + at);
+}
 
 // y[m] += sum over groups of scale * (sum over the group's blocks of x's scale * integer sum), for M rows of x.
 template <int BITS, int KIND, int M, bool ALIGNED>
@@ -39,6 +49,7 @@ void rows_int8(const Walk& w, const Activations& x, int64_t first, float* y) {
                 for (int m = 0; m < M; ++m) part[m] = Isa::zero();
                 for (; b < end; ++b, p += kBytes) {
                     Bytes level[kQuads];
+                    if (first == 0) prefetch_next<BITS>(w, s, b);
                     unpack_levels<BITS, KIND>(p, tables, level);
                     LOWBIT_UNROLL
                     for (int m = 0; m < M; ++m) {
@@ -136,6 +147,7 @@ void rows_exact(const Walk& w, const Activations& x, int64_t first, float* y) {
         int g = 0, left = w.group / 4;
         for (int b = 0; b < w.blocks; ++b, p += 64 * BITS, values += kBlock) {
             Bytes code[kQuads];
+            if (first == 0) prefetch_next<BITS>(w, s, b);
             unpack_codes<BITS>(p, code);
             if (aligned) {
                 if constexpr (GATHER) {
@@ -235,7 +247,7 @@ Walk start_walk(const Matrix& m, const Stage& s, const uint8_t* tile, Scratch& s
     decode_scales(s, tile + s.scales_at, scratch.scales);
     const int32_t* ids = s.tables > 1 ? reinterpret_cast<const int32_t*>(tile) : nullptr;
     return {tile + s.codes_at, scratch.tables, scratch.scales, m.at<float>(s.levels_at), ids,
-            m.blocks, s.group, s.groups, s.zero, s.entries, s.variants};
+            m.blocks, s.group, s.groups, s.zero, s.entries, s.variants, s.tile_bytes};
 }
 
 // y += offset[g] * sum of x over group g.
