@@ -3,7 +3,7 @@
     python eval/quality.py [--recipes data-free|calibrated|ablation] [--model DIR] [--text FILE] [--characters 130000]
                            [--calibration FILE] [--only WORDS] [--name NAME]
 
-Protocol: fp32, non-overlapping windows of 512 tokens; only the matrices inside blocks are quantized, embedding and head
+Protocol: exact fp32 arithmetic, non-overlapping windows of 512 tokens; only the matrices inside blocks are quantized, embedding and head
 stay as they are; bits per weight are stored bytes of those matrices, all metadata counted. Calibrated methods see 128
 windows of the calibration file. Without arguments it runs on the model and texts embedded in the package.
 """
@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowbit import LowBitConfig, explain, quantize
 from hf_lowbit.demo import calibration_text, embedded_model, held_out_text
+from hf_lowbit.kernels import cpu
 from hf_lowbit.measure import divergence, perplexity
 from hf_lowbit.solvers import SOLVERS
 
@@ -134,6 +135,7 @@ def main() -> None:
     text = Path(args.text).read_text(encoding="utf-8")[: args.characters]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     reference = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    cpu.set_arithmetic("exact")
     plain = perplexity(reference, ids)
     rows = {"original": {"perplexity": round(plain.perplexity, 4), "tokens": plain.tokens}}
     print(f"{'original':40} {'':>7} ppl {plain.perplexity:9.3f}  over {plain.tokens} tokens", flush=True)

@@ -209,6 +209,8 @@ def run_bench(args: argparse.Namespace) -> None:
     for row in out["kernels"]:
         refused = "".join(f"; {name} refused: {reason}" for name, reason in row["refused"].items())
         print(f"{row['backend']}: {row['matrices']} matrices, {row['weights']:,} weights ({row['reason']}{refused})")
+    if out["fused_layers"]:
+        print(f"{out['fused_layers']} decoder layers run as one op each for up to 8 tokens (HF_LOWBIT_FUSED=0 turns it off)")
 
 
 def run_doctor(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -43,6 +43,12 @@ def codings() -> ModuleType:
 def records() -> ModuleType:
     """Random records with every optional term, and their slow decoder: tests/format/records.py."""
     return load("format/records.py")
+
+
+@pytest.fixture(scope="session")
+def load_test_module() -> Callable[[str], ModuleType]:
+    """Any module of the test tree by its path."""
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,8 +56,15 @@ def read(wheel: Path, end: str) -> str:
     return archive.read(name).decode()
 
 
-def test_it_is_pure_python_of_this_version(wheel):
-    assert wheel.name == f"hf_lowbit-{hf_lowbit.__version__}-py3-none-any.whl"
+def test_it_is_for_any_python_of_this_platform(wheel):
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"hf_lowbit-{hf_lowbit.__version__}-py3-none-{platform}.whl"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="without a compiler the wheel holds no kernels")
+def test_the_compiled_kernels_are_there_and_their_sources_are_not(names):
+    assert "hf_lowbit/kernels/_lowbit_cpu.so" in names
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".o"))]
 
 
 def test_only_the_package_is_at_the_top(names):
@@ -104,9 +113,34 @@ def test_the_metadata_names_the_licence_and_the_runtime_needs_only(wheel):
 
 def test_an_unpacked_wheel_works_without_the_checkout(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    use = "import hf_lowbit, hf_lowbit.demo as d; print(hf_lowbit.__file__, (d.embedded_model() / 'config.json').is_file())"
+    use = (
+        "import hf_lowbit, hf_lowbit.demo as d; print(hf_lowbit.__file__, (d.embedded_model() / 'config.json').is_file()); "
+    )
+    use += "from hf_lowbit.kernels.cpu_library import instruction_sets; print(*instruction_sets())"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {use}"],
         capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
     )  # fmt: skip
-    assert done.stdout.split() == [str(tmp_path / "hf_lowbit" / "__init__.py"), "True"]
+    first, second, *kernels = done.stdout.split()
+    assert [first, second] == [str(tmp_path / "hf_lowbit" / "__init__.py"), "True"]
+    assert ("portable" in kernels) == (shutil.which("g++") is not None)
+
+
+@pytest.mark.parametrize("how", ["no compiler", "switched off"])
+def test_the_package_builds_without_a_compiler_and_says_why_it_is_slow(how, tmp_path):
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.so", "embedded")
+    shutil.copytree(ROOT / "hf_lowbit", tmp_path / "hf_lowbit", ignore=left_out)
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    change = {"CC": "/no/such/cc", "CXX": "/no/such/c++"} if how == "no compiler" else {"HF_LOWBIT_NO_COMPILE": "1"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(
+        build, cwd=tmp_path, env=os.environ | change, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "hf-lowbit: " in done.stderr
+    use = "from hf_lowbit.kernels import cpu_library as c; print(c.library(), c.instruction_sets(), c.trouble())"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {use}"],
+        capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.startswith("None [] the compiled kernels are not here"), done.stderr[-2000:]

@@ -33,9 +33,10 @@ class Reference(Backend):
         """The record itself: nothing is repacked."""
         return Stored([tensor.tensors[name] for name in tensor.layout.fields], tensor.layout.dumps())
 
-    def linear(self, x: Tensor, prepared: Stored) -> Tensor:
-        """``hf_lowbit::linear``."""
-        return ops.OPS.linear(x, prepared.tensors, prepared.layout)
+    def linear(self, x: Tensor, prepared: Stored, bias: Tensor | None = None) -> Tensor:
+        """``hf_lowbit::linear``, and the bias added in the dtype of the result."""
+        y = ops.OPS.linear(x, prepared.tensors, prepared.layout)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def embedding(self, ids: Tensor, prepared: Stored, dtype: torch.dtype) -> Tensor:
         """``hf_lowbit::embedding``."""

@@ -39,8 +39,8 @@ class Backend(ABC):
         """The record in the form the kernel wants."""
 
     @abstractmethod
-    def linear(self, x: Tensor, prepared: Any) -> Tensor:
-        """``x @ W.T`` for ``x`` ``[..., in]``, in the dtype of ``x``, differentiable in ``x``."""
+    def linear(self, x: Tensor, prepared: Any, bias: Tensor | None = None) -> Tensor:
+        """``x @ W.T + bias`` for ``x`` ``[..., in]``, in the dtype of ``x``, differentiable in ``x`` and ``bias``."""
 
     @abstractmethod
     def embedding(self, ids: Tensor, prepared: Any, dtype: torch.dtype) -> Tensor:

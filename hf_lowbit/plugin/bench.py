@@ -11,6 +11,7 @@ import torch
 from hf_lowbit.format.ledger import ledger
 from hf_lowbit.kernels import Choice
 from hf_lowbit.measure.speed import decode_rate, prefill_rate, read_bandwidth
+from hf_lowbit.plugin.fused import fused_layers
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitTiedHead
 from hf_lowbit.plugin.targets import low_bit_modules
 
@@ -37,7 +38,8 @@ def bench(
         ``decode_tokens_per_s`` of greedy ``generate`` and ``bandwidth_share``, the weights read per second over what the
         machine can read, both of the first batch size, and ``decode`` with all of them; ``prefill_tokens_per_s``;
         ``bytes_per_token``, the weights one decoding step reads; ``read_bandwidth_gb_s`` of the machine; ``peak_bytes`` and
-        ``anonymous_bytes`` of this process, None where the system does not say; ``threads``; ``kernels``.
+        ``anonymous_bytes`` of this process, None where the system does not say; ``threads``; ``kernels``; ``fused_layers``,
+        how many decoder layers run as one op each.
     """
     progress("machine: read bandwidth")
     bandwidth = read_bandwidth()
@@ -62,6 +64,7 @@ def bench(
         "threads": torch.get_num_threads(),
         "decode": rows,
         "kernels": kernels(model),
+        "fused_layers": sum(1 for _ in fused_layers(model)),
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_lowbit.format.serialize import FORMAT_VERSION
-from hf_lowbit.kernels import backends
+from hf_lowbit.kernels import backends, cpu_library
 from hf_lowbit.plugin.config import QUANT_METHOD
 from hf_lowbit.solvers import SOLVERS, Solver
 
@@ -30,6 +30,11 @@ def examine() -> dict[str, dict[str, Any]]:
             "threads": torch.get_num_threads(),
             "cpu capability": torch.backends.cpu.get_cpu_capability(),
             "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        },
+        "cpu kernels": {
+            "library": cpu_library.trouble() or "built",
+            "instruction set": cpu_library.instruction_set() or "none",
+            "instruction sets here": ", ".join(cpu_library.instruction_sets()) or "none",
         },
         "registration": {
             "transformers": "registered" if QUANT_METHOD in AUTO_QUANTIZER_MAPPING else "NOT registered",

@@ -51,14 +51,15 @@ class LowBitModule(nn.Module):
         return select(self.layouts[parameter], first.device, strict=strict)
 
     def prepared(self, parameter: str = "weight") -> tuple[Any, Any]:
-        """The backend and its prepared form of a parameter, made again whenever the buffers were replaced."""
+        """The backend and its prepared form of a parameter, made again whenever the buffers were replaced or written to."""
         first = self._buffers[field_name(parameter, "codes")]
         cache = self.__dict__.setdefault("_prepared", {})
         known = cache.get(parameter)
-        if known is None or known[0] is not first:
+        writes = written(first)
+        if known is None or known[0] is not first or writes not in (None, known[1]):
             backend = self.choice(parameter).backend
-            known = cache[parameter] = (first, backend, backend.prepare(self.lowbit(parameter)))
-        return known[1], known[2]
+            known = cache[parameter] = (first, writes, backend, backend.prepare(self.lowbit(parameter)))
+        return known[2], known[3]
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
@@ -93,8 +94,7 @@ class LowBitLinear(LowBitModule):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         backend, prepared = self.prepared()
-        y = backend.linear(x, prepared)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return backend.linear(x, prepared) if self.bias is None else backend.linear(x, prepared, self.bias)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight as the module this one replaced would hold it."""
@@ -160,12 +160,18 @@ class LowBitTiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         backend, prepared = self.embedding.prepared()
-        y = backend.linear(x, prepared)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return backend.linear(x, prepared) if self.bias is None else backend.linear(x, prepared, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, tied"
+
+
+def written(tensor: Tensor | None) -> int | None:
+    """How often a tensor was written to in place; what was made in inference mode or is being traced does not say."""
+    if torch.compiler.is_compiling() or tensor is None or tensor.is_inference():
+        return None
+    return tensor._version
 
 
 def _number(module: nn.Module, *names: str) -> float | None:

@@ -7,7 +7,9 @@ tensor, then ``_process_model_after_weight_loading``.
 
 from __future__ import annotations
 
+import logging
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,13 @@ from hf_lowbit.errors import BadRequest, FormatError, LowBitError, WeightError
 from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.serialize import Record, checksum, field_name, read_record
 from hf_lowbit.format.spec import Spec
+from hf_lowbit.kernels import cpu_library
 from hf_lowbit.pipeline.run import MemoryStore
 from hf_lowbit.plugin.auto import resolve
 from hf_lowbit.plugin.compress import calibration_for, check_calibration, compress, with_provenance
 from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.experts import LowBitExperts, to_dense
+from hf_lowbit.plugin.fused import fuse
 from hf_lowbit.plugin.hub import give_card
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
 from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
@@ -107,6 +111,8 @@ class LowBitQuantizer(HfQuantizer):
         for _, module in low_bit_modules(model):
             for parameter in module.layouts:
                 module.__dict__.pop(parameter, None)
+        prepare(model)
+        fuse(model)
         # Saved names are module names: the host's renamings on save would miss the header's record.
         model._weight_conversions = []
         give_card(model)
@@ -156,6 +162,21 @@ class LowBitQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Low-bit layers trace without graph breaks."""
         return True
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """Repack every matrix that is on its device for its kernel now, not under the first token; say once what is missing."""
+    for _, module in low_bit_modules(model):
+        for parameter in module.layouts if not isinstance(module, LowBitExperts) else ():
+            if module.lowbit(parameter).device.type != "meta":
+                module.prepared(parameter)
+    if cpu_library.trouble() and next(model.parameters()).device.type == "cpu":
+        _warn_once(f"hf-lowbit runs on its slow reference path: {cpu_library.trouble()}")
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    logging.getLogger("hf_lowbit").warning(message)
 
 
 class QuantizeOp(ConversionOps):

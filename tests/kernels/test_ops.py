@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from hf_lowbit import LowBitLinear
 from hf_lowbit.errors import BadRequest, FallbackError
 from hf_lowbit.format import Layout, LowBitTensor, Spec
-from hf_lowbit.kernels import Backend, Choice, Verdict, backends, ops, register_backend, select
+from hf_lowbit.kernels import Backend, Choice, Verdict, backends, cpu, ops, register_backend, select
 from hf_lowbit.kernels.reference import Reference
 from hf_lowbit.solvers import solve
 
@@ -23,6 +23,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [((7,), 53, 31), ((1,), 64, 96), ((0,), 37, 5), ((3,), 41, 1), ((2,), 1, 3), ((2, 3), 75, 11), ((), 53, 31)]
 every_backend = pytest.mark.parametrize("backend", backends(), ids=lambda backend: backend.name)
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile for the CPU needs a C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """Without rounded activations: their bound is tests/kernels/test_cpu.py's subject."""
+    with cpu.arithmetic("exact"):
+        yield
 
 
 def gauss(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -159,8 +166,8 @@ class Picky(Backend):
     def prepare(self, tensor: LowBitTensor):
         return Reference().prepare(tensor)
 
-    def linear(self, x, prepared):
-        return Reference().linear(x, prepared)
+    def linear(self, x, prepared, bias=None):
+        return Reference().linear(x, prepared, bias)
 
     def embedding(self, ids, prepared, dtype):
         return Reference().embedding(ids, prepared, dtype)

@@ -1,0 +1,24 @@
+// The kernels for AVX-512 with BW, VL and VNNI; compiled with those flags, run only where the processor has them.
+#include "body.h"
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
+#include "isa_avx512.h"
+#include "attend.h"
+#include "tile.h"
+
+namespace lowbit {
+
+const Body* body_avx512() {
+    static const Body body{"avx512",
+                           [] {
+                               return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+                           },
+                           round_row, tile_int8, tile_exact, attend_head};
+    return &body;
+}
+
+}  // namespace lowbit
+#else
+const lowbit::Body* lowbit::body_avx512() { return nullptr; }
+#endif

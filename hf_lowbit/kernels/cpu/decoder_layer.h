@@ -1,0 +1,37 @@
+// The fused decoder layer's C ABI. Two calls, since between them the host's cache takes the new keys and values.
+#pragma once
+#include "lowbit_cpu.h"
+
+struct LowbitLayer {
+    const void* matrices[7];  // prepared q, k, v, o, gate, up, down
+    int64_t bytes[7];
+    const float* biases[7];   // float, or null
+    const void* norms[4];     // weights of the norms before attention and MLP, and of query and key heads (or null)
+    float epsilon[4];
+    float scale;              // of the scores
+    int32_t dtype;            // of hidden states, norms, positions and cache: 0 float, 1 bfloat16
+    int32_t hidden, heads, kv_heads, dim, inner;
+    int32_t mode, threads;
+};
+
+struct LowbitCache {
+    const void *keys, *values;                     // [batch, kv_heads, length, dim], dim contiguous
+    int64_t key_strides[3], value_strides[3];      // in numbers: batch, head, token
+    int64_t length;
+};
+
+struct LowbitMask {
+    const void* data;
+    int64_t strides[3];  // in numbers: sequence, query, key
+    int32_t kind;        // 0 none (causal), 1 bool, true is seen, 2 float, added to the scores
+};
+
+// x [batch, tokens, hidden]; cosines and sines [position_rows (1 or batch), tokens, dim]; queries float [batch, tokens, heads,
+// dim]; keys and values [batch, kv_heads, tokens, dim].
+LOWBIT_EXPORT int32_t lowbit_layer_start(const LowbitLayer* layer, const void* x, int32_t batch, int32_t tokens,
+                                         const void* cosines, const void* sines, int32_t position_rows, float* queries,
+                                         void* keys, void* values);
+// y [batch, tokens, hidden], the layer's output. The result does not depend on the number of threads.
+LOWBIT_EXPORT int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float* queries,
+                                          const LowbitCache* cache, const LowbitMask* mask, int32_t batch, int32_t tokens,
+                                          void* y);

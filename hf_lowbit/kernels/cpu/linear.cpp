@@ -1,0 +1,355 @@
+// x @ W.T for prepared matrices: activations made once, tiles handed to threads, and the terms that are not codes.
+#include "linear.h"
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "body.h"
+#include "half.h"
+#include "lowbit_cpu.h"
+#include "threads.h"
+
+namespace lowbit {
+namespace {
+
+// A thread is worth waking for this many multiplications: 2**18 take about 10 us on one core.
+constexpr int64_t kWorkPerThread = 1 << 18;
+
+void round_up(char*& at) { at = reinterpret_cast<char*>(align64(reinterpret_cast<intptr_t>(at))); }
+
+template <class T>
+T* take(char*& at, int64_t count) {
+    round_up(at);
+    T* out = reinterpret_cast<T*>(at);
+    at += count * int64_t(sizeof(T));
+    return out;
+}
+
+// Memory that grows as needed.
+struct Room {
+    std::unique_ptr<char[]> data;
+    int64_t size = 0;
+
+    char* get(int64_t bytes) {
+        if (size < bytes) {
+            data.reset();
+            size = 0;
+            data.reset(new char[size_t(bytes)]);
+            size = bytes;
+        }
+        return data.get();
+    }
+};
+
+constexpr int64_t kKeep = 8 << 20;
+
+// For work on tiles, one per thread, kept while the thread lives.
+char* thread_room(int64_t bytes) {
+    static thread_local Room room;
+    return room.get(bytes);
+}
+
+void fill_row(const Matrix& m, const void* x, int64_t row, int dtype, float* out) {
+    const int32_t* from = m.at<int32_t>(m.permutation_at);
+    const int64_t start = row * m.columns;
+    if (from) {
+        for (int i = 0; i < m.columns; ++i) out[i] = read_number(x, start + from[i], dtype);
+    } else if (dtype == LOWBIT_F32) {
+        std::memcpy(out, static_cast<const float*>(x) + start, sizeof(float) * size_t(m.columns));
+    } else {
+        for (int i = 0; i < m.columns; ++i) out[i] = read_number(x, start + i, dtype);
+    }
+    for (int i = m.columns; i < m.blocks * kBlock; ++i) out[i] = 0;
+}
+
+void sum_groups(const Matrix& m, const Stage& s, const float* values, float* out) {
+    for (int g = 0; g < s.groups; ++g) {
+        const int first = g * s.group, last = first + s.group < m.columns ? first + s.group : m.columns;
+        float sum = 0;
+        for (int i = first; i < last; ++i) sum += values[i];
+        out[g] = sum;
+    }
+}
+
+// What one matrix of a call needs besides x: where its output goes and the sums that its offsets and low rank multiply.
+struct Job {
+    const Matrix* m;
+    const Activations* x;
+    float* group_sums[kMaxStages];
+    float* low;          // [batch, rank]
+    float* extra;        // [batch, rows], what stages that cover some rows add; null without such a stage
+    const float* bias;
+    void* y;
+    int dtype;
+    bool exact;
+    int64_t first_tile;  // among the tiles of all jobs
+};
+
+int64_t scratch_bytes(const Matrix& m, int64_t batch) {
+    int64_t groups = 1;
+    for (int i = 0; i < m.stages; ++i) groups = groups > m.stage[i].groups ? groups : m.stage[i].groups;
+    return 64 * 8 + groups * kTile * 4 + 16 * 64 + 2 * batch * kTile * 4;
+}
+
+void add_outliers(const Job& job, int tile, float* y) {
+    const Matrix& m = *job.m;
+    const int32_t* starts = m.at<int32_t>(m.outlier_starts_at);
+    if (!starts) return;
+    const uint16_t* values = m.at<uint16_t>(m.outlier_values_at);
+    const uint16_t* narrow = m.at<uint16_t>(m.outlier_columns_at);
+    const int32_t* wide = m.at<int32_t>(m.outlier_columns_at);
+    const int64_t width = int64_t(m.blocks) * kBlock;
+    for (int r = 0; r < kTile && tile * kTile + r < m.rows; ++r) {
+        const int row = tile * kTile + r;
+        for (int64_t i = 0; i < job.x->batch; ++i) {
+            float sum = 0;
+            for (int e = starts[row]; e < starts[row + 1]; ++e) {
+                sum += half_to_float(values[e]) * job.x->values[i * width + (m.columns <= 65536 ? narrow[e] : wide[e])];
+            }
+            y[i * kTile + r] += sum;
+        }
+    }
+}
+
+void add_low_rank(const Job& job, int tile, float* y) {
+    const Matrix& m = *job.m;
+    const float* b = m.at<float>(m.low_rank_b_at);
+    for (int r = 0; b && r < kTile && tile * kTile + r < m.rows; ++r) {
+        for (int64_t i = 0; i < job.x->batch; ++i) {
+            float sum = 0;
+            for (int k = 0; k < m.rank; ++k) sum += b[(int64_t(tile) * kTile + r) * m.rank + k] * job.low[i * m.rank + k];
+            y[i * kTile + r] += sum;
+        }
+    }
+}
+
+void store_tile(const Job& job, int tile, const float* y) {
+    const Matrix& m = *job.m;
+    const int count = m.rows - tile * kTile < kTile ? m.rows - tile * kTile : kTile;
+    for (int64_t i = 0; i < job.x->batch; ++i) {
+        const int64_t at = i * m.rows + int64_t(tile) * kTile;
+        for (int r = 0; r < count; ++r) {
+            float value = y[i * kTile + r];
+            if (job.extra) value += job.extra[at + r];
+            value *= m.unit;
+            if (job.bias) value += job.bias[tile * kTile + r];
+            write_number(job.y, at + r, job.dtype, value);
+        }
+    }
+}
+
+// All full stages and the other terms of one tile of output rows. Scratch is this thread's.
+void run_tile(const Job& job, int tile) {
+    const Matrix& m = *job.m;
+    const int64_t batch = job.x->batch;
+    char* at = thread_room(scratch_bytes(m, batch));
+    Scratch scratch{};
+    int64_t groups = 1;
+    for (int i = 0; i < m.stages; ++i) groups = groups > m.stage[i].groups ? groups : m.stage[i].groups;
+    scratch.scales = take<float>(at, groups * kTile);
+    scratch.tables = take<int8_t>(at, 16 * 64);
+    float* y = take<float>(at, batch * kTile);
+    float* part = take<float>(at, batch * kTile);
+    bool begun = false;
+    for (int i = 0; i < m.stages; ++i) {
+        const Stage& s = m.stage[i];
+        if (s.row_ids_at) continue;
+        (job.exact ? body().tile_exact : body().tile_int8)(m, s, tile, *job.x, job.group_sums[i], scratch, begun ? part : y);
+        for (int64_t k = 0; begun && k < batch * kTile; ++k) y[k] += part[k];
+        begun = true;
+    }
+    if (!begun) std::memset(y, 0, size_t(4 * batch * kTile));
+    add_outliers(job, tile, y);
+    add_low_rank(job, tile, y);
+    store_tile(job, tile, y);
+}
+
+// One tile of a stage that covers some of the rows: each of its rows is one row of the output.
+void run_partial_tile(const Job& job, int number, int tile) {
+    const Matrix& m = *job.m;
+    const Stage& s = m.stage[number];
+    const int64_t batch = job.x->batch;
+    char* at = thread_room(scratch_bytes(m, batch));
+    Scratch scratch{};
+    scratch.scales = take<float>(at, int64_t(s.groups) * kTile);
+    scratch.tables = take<int8_t>(at, 16 * 64);
+    float* y = take<float>(at, batch * kTile);
+    (job.exact ? body().tile_exact : body().tile_int8)(m, s, tile, *job.x, job.group_sums[number], scratch, y);
+    const int32_t* ids = m.at<int32_t>(s.row_ids_at);
+    for (int r = 0; r < kTile && tile * kTile + r < s.rows; ++r) {
+        for (int64_t i = 0; i < batch; ++i) job.extra[i * m.rows + ids[tile * kTile + r]] += y[i * kTile + r];
+    }
+}
+
+// Everything of a job that depends on one row of x alone.
+void make_sums(const Job& job, int64_t row) {
+    const Matrix& m = *job.m;
+    const float* values = job.x->values + row * m.blocks * kBlock;
+    for (int i = 0; i < m.stages; ++i) {
+        if (m.stage[i].has_offset) sum_groups(m, m.stage[i], values, job.group_sums[i] + row * m.stage[i].groups);
+    }
+    const float* a = m.at<float>(m.low_rank_a_at);
+    for (int k = 0; a && k < m.rank; ++k) {
+        float lanes[16] = {};
+        const float* from = a + int64_t(k) * m.columns;
+        int c = 0;
+        for (; c + 16 <= m.columns; c += 16) {
+            for (int i = 0; i < 16; ++i) lanes[i] += from[c + i] * values[c + i];
+        }
+        for (; c < m.columns; ++c) lanes[0] += from[c] * values[c];
+        float sum = 0;
+        for (float lane : lanes) sum += lane;
+        job.low[row * m.rank + k] = sum;
+    }
+}
+
+int64_t job_bytes(const Matrix& m, int64_t batch) {
+    int64_t floats = int64_t(m.rank) * batch, partial = 0;
+    for (int i = 0; i < m.stages; ++i) {
+        floats += m.stage[i].has_offset ? m.stage[i].groups * batch : 0;
+        partial |= m.stage[i].row_ids_at;
+    }
+    return 4 * (floats + (partial ? m.rows * batch : 0)) + 64 * (kMaxStages + 3);
+}
+
+void place_job(Job& job, char*& at) {
+    const Matrix& m = *job.m;
+    bool partial = false;
+    for (int i = 0; i < m.stages; ++i) {
+        job.group_sums[i] = m.stage[i].has_offset ? take<float>(at, m.stage[i].groups * job.x->batch) : nullptr;
+        partial |= m.stage[i].row_ids_at != 0;
+    }
+    job.low = m.rank ? take<float>(at, m.rank * job.x->batch) : nullptr;
+    job.extra = partial ? take<float>(at, m.rows * job.x->batch) : nullptr;
+    if (partial) std::memset(job.extra, 0, size_t(4 * m.rows * job.x->batch));
+}
+
+}  // namespace
+
+int64_t activation_bytes(int64_t batch, int32_t columns) {
+    const int64_t blocks = ceil_div(columns, kBlock);
+    return batch * blocks * (kBlock * 5 + 8) + 64 * 5;
+}
+
+void place_activations(char*& at, int64_t batch, int32_t columns, bool rounded, Activations& x) {
+    x.batch = batch, x.blocks = int32_t(ceil_div(columns, kBlock));
+    x.values = take<float>(at, batch * x.blocks * kBlock);
+    x.rounded = rounded ? take<int8_t>(at, batch * x.blocks * kBlock) : nullptr;
+    x.scale = rounded ? take<float>(at, batch * x.blocks) : nullptr;
+    x.bias = rounded ? take<int32_t>(at, batch * x.blocks) : nullptr;
+}
+
+void fill_activations(const Matrix& m, const void* data, int dtype, int64_t row, const Activations& x) {
+    float* values = const_cast<float*>(x.values) + row * x.blocks * kBlock;
+    fill_row(m, data, row, dtype, values);
+    if (x.rounded) {
+        body().round_row(values, x.blocks, const_cast<int8_t*>(x.rounded) + row * x.blocks * kBlock,
+                         const_cast<float*>(x.scale) + row * x.blocks, const_cast<int32_t*>(x.bias) + row * x.blocks);
+    }
+}
+
+int32_t linear(const Matrix* const* matrices, int count, const void* x, int64_t batch, int dtype, const float* const* biases,
+               void* const* ys, int mode, int threads) {
+    int64_t bytes = 64, work = 0, tiles = 0;
+    bool any_int8 = false;
+    for (int i = 0; i < count; ++i) {
+        const Matrix& m = *matrices[i];
+        bytes += job_bytes(m, batch) + activation_bytes(batch, m.columns) + int64_t(sizeof(Job) + sizeof(Activations));
+        work += int64_t(m.rows) * m.columns * batch * m.stages;
+    }
+    // Kept between calls where it is small, since fresh pages cost a fifth of a product of 64 rows of 2048.
+    static thread_local Room kept;
+    Room large;
+    char* at = (bytes <= kKeep ? kept : large).get(bytes);
+    std::unique_ptr<Job[]> jobs(new (std::nothrow) Job[size_t(count)]);
+    std::unique_ptr<Activations[]> inputs(new (std::nothrow) Activations[size_t(count)]);
+    if (!jobs || !inputs) return LOWBIT_E_MEMORY;
+    for (int i = 0; i < count; ++i) {
+        const int wanted = mode == LOWBIT_AUTO ? matrices[i]->auto_mode : mode;
+        jobs[i].exact = wanted == LOWBIT_EXACT || !matrices[i]->has_int8;
+        any_int8 |= !jobs[i].exact;
+    }
+    int made = 0;
+    const Activations* plain = nullptr;
+    int owners[64];
+    for (int i = 0; i < count; ++i) {
+        Job& job = jobs[i];
+        job.m = matrices[i];
+        const bool permuted = job.m->permutation_at != 0;
+        if (permuted || !plain) {
+            place_activations(at, batch, job.m->columns, any_int8, inputs[made]);
+            if (!permuted) plain = &inputs[made];
+            owners[made] = i;
+            job.x = &inputs[made++];
+        } else {
+            job.x = plain;
+        }
+        job.bias = biases ? biases[i] : nullptr, job.y = ys[i], job.dtype = dtype;
+        job.first_tile = tiles, tiles += job.m->tiles;
+        place_job(job, at);
+    }
+    if (threads > work / kWorkPerThread + 1) threads = int(work / kWorkPerThread + 1);
+    parallel_for(batch, batch < 4 ? batch : 1, threads, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            for (int k = 0; k < made; ++k) fill_activations(*matrices[owners[k]], x, dtype, row, inputs[k]);
+            for (int i = 0; i < count; ++i) make_sums(jobs[i], row);
+        }
+    });
+    for (int i = 0; i < count; ++i) {
+        for (int s = 0; s < matrices[i]->stages; ++s) {
+            if (!matrices[i]->stage[s].row_ids_at) continue;
+            parallel_for(matrices[i]->stage[s].tiles, 1, threads, [&](int64_t first, int64_t last) {
+                for (int64_t t = first; t < last; ++t) run_partial_tile(jobs[i], s, int(t));
+            });
+        }
+    }
+    const int64_t grain = tiles / (int64_t(threads) * 8);
+    parallel_for(tiles, grain < 1 ? 1 : grain, threads, [&](int64_t first, int64_t last) {
+        int i = count - 1;
+        while (jobs[i].first_tile > first) --i;
+        for (int64_t t = first; t < last; ++t) {
+            while (i + 1 < count && jobs[i + 1].first_tile <= t) ++i;
+            run_tile(jobs[i], int(t - jobs[i].first_tile));
+        }
+    });
+    return 0;
+}
+
+}  // namespace lowbit
+
+using namespace lowbit;
+
+namespace {
+
+int check(const void* matrix, int64_t bytes, int32_t columns) {
+    const Matrix* m = static_cast<const Matrix*>(matrix);
+    if (bytes < int64_t(sizeof(Matrix)) || m->magic != kMagic || m->abi != LOWBIT_ABI_VERSION || m->bytes != bytes) return LOWBIT_E_MATRIX;
+    return m->columns == columns ? 0 : LOWBIT_E_WIDTH;
+}
+
+}  // namespace
+
+int32_t lowbit_linear(const void* matrix, int64_t bytes, const void* x, int64_t batch, int32_t columns, int32_t dtype,
+                      const float* bias, void* y, int32_t mode, int32_t threads) {
+    return lowbit_linear_many(&matrix, &bytes, 1, x, batch, columns, dtype, &bias, &y, mode, threads);
+}
+
+int32_t lowbit_linear_many(const void* const* matrices, const int64_t* bytes, int32_t count, const void* x, int64_t batch,
+                           int32_t columns, int32_t dtype, const float* const* biases, void* const* ys, int32_t mode,
+                           int32_t threads) try {
+    if (count < 1 || count > 64) return LOWBIT_E_MATRIX;
+    for (int i = 0; i < count; ++i) {
+        if (const int wrong = check(matrices[i], bytes[i], columns)) return wrong;
+    }
+    if (batch < 1) return 0;
+    return linear(reinterpret_cast<const Matrix* const*>(matrices), count, x, batch, dtype, biases, ys, mode, threads);
+} catch (const std::exception&) {
+    return LOWBIT_E_MEMORY;
+}
+
+int32_t lowbit_columns(const void* matrix, int64_t bytes, int64_t rows) {
+    const Matrix* m = static_cast<const Matrix*>(matrix);
+    return bytes >= int64_t(sizeof(Matrix)) && check(matrix, bytes, m->columns) == 0 && m->rows == rows ? m->columns : 0;
+}
