@@ -3,9 +3,9 @@
     python eval/quality.py [--recipes data-free|calibrated|ablation] [--model DIR] [--text FILE] [--characters 130000]
                            [--calibration FILE] [--only WORDS] [--name NAME]
 
-Protocol: exact fp32 arithmetic, non-overlapping windows of 512 tokens; only the matrices inside blocks are quantized, embedding and head
-stay as they are; bits per weight are stored bytes of those matrices, all metadata counted. Calibrated methods see 128
-windows of the calibration file. Without arguments it runs on the model and texts embedded in the package.
+Protocol: exact fp32 arithmetic, non-overlapping windows of 512 tokens; only the matrices inside blocks are quantized,
+embedding and head stay as they are; bits per weight are stored bytes of those matrices, all metadata counted. Calibrated
+methods see 128 windows of the calibration file. Without arguments it runs on the model and texts embedded in the package.
 """
 
 from __future__ import annotations
