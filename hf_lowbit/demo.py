@@ -1,17 +1,20 @@
 """``hf-lowbit demo``: quantize the embedded model, reload each result in a fresh process, and compare.
 
-The fresh process imports only Transformers: that its stock ``AutoModelForCausalLM.from_pretrained`` opens the saved
-directories is part of what the demo shows.
+Two processes share the work. Those that reload import only Transformers: that its stock
+``AutoModelForCausalLM.from_pretrained`` opens the saved directories is part of what the demo shows.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +33,7 @@ CALIBRATED = ("squeezellm", "gptq", "nupes", "jlcm")
 CALIBRATED_WIDTH = 3
 SEQUENCES = 8
 SHORT = {"steps": 6, "batch": 2, "sweeps": 1}
+PROCESSES = 2
 
 _RELOAD = """
 import json, sys
@@ -41,7 +45,7 @@ load = lambda place: AutoModelForCausalLM.from_pretrained(place, dtype="float32"
 tokenizer, reference = AutoTokenizer.from_pretrained(source), load(source)
 ids = tokenizer(open(text_file, encoding="utf-8").read(), add_special_tokens=False, return_tensors="pt").input_ids[0]
 start = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
-for directory in [source, *directories]:
+for directory in directories:
     model = load(directory)
     from hf_lowbit.measure import divergence
     found = divergence(model, reference, ids, int(window))
@@ -95,31 +99,52 @@ def run_demo(progress: Callable[[str], None], keep: str | None = None) -> list[d
     Raises:
         LowBitError: the fresh process failed, with its message.
     """
-    from hf_lowbit.plugin.checkpoint import quantize_checkpoint
-
     source = embedded_model()
     weights = source / "model.safetensors"
     rows: list[dict[str, Any]] = [
         {"model": "original", "bits_per_weight_linears": 16.0, "bytes": weights.stat().st_size, "directory": str(source)}
     ]
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(keep or temporary)
-        for label, config in recipes():
-            progress(f"quantizing: {label}")
-            target = folder / f"{config.method}-{config.bits}"
-            report, _ = quantize_checkpoint(str(source), target, config)
-            size = (target / "model.safetensors").stat().st_size
-            row = {"model": label, "bits_per_weight_linears": report.bits_per_weight_linears}
-            rows.append(row | {"bytes": size, "directory": str(target)})
-        progress("reloading all of them in a fresh process and measuring")
-        for row, measured in zip(rows, _reload([row["directory"] for row in rows[1:]]), strict=True):
-            row |= measured
+        jobs = [(label, str(Path(keep or temporary) / f"{config.method}-{config.bits}")) for label, config in recipes()]
+        with ProcessPoolExecutor(PROCESSES, get_context("spawn"), initializer=_alone) as pool:
+            for row in pool.map(_quantize, jobs):
+                progress(f"quantized: {row['model']}")
+                rows.append(row)
+        progress("reloading all of them in fresh processes and measuring")
+        parts = [rows[number::PROCESSES] for number in range(PROCESSES)]
+        with ThreadPoolExecutor(PROCESSES) as threads:
+            for part, measured in zip(parts, threads.map(_reload, parts), strict=True):
+                for row, found in zip(part, measured, strict=True):
+                    row |= found
     return rows
 
 
-def _reload(directories: list[str]) -> list[dict[str, Any]]:
+def _alone() -> None:
+    """Matrices of the embedded model are too small for more than one thread."""
+    import torch
+
+    from hf_lowbit.plugin.checkpoint import show_progress
+
+    torch.set_num_threads(1)
+    show_progress(False)
+
+
+def _quantize(job: tuple[str, str]) -> dict[str, Any]:
+    """Make one row's checkpoint."""
+    from hf_lowbit.plugin.checkpoint import quantize_checkpoint
+
+    label, target = job
+    report, _ = quantize_checkpoint(str(embedded_model()), target, dict(recipes())[label])
+    size = (Path(target) / "model.safetensors").stat().st_size
+    return {"model": label, "bits_per_weight_linears": report.bits_per_weight_linears, "bytes": size, "directory": target}
+
+
+def _reload(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Open and measure the directories of some rows in a process that never saw them being made."""
+    directories = [row["directory"] for row in rows]
     arguments = [str(embedded_model()), str(held_out_text()), PROMPT, str(WINDOW), *directories]
-    done = subprocess.run([sys.executable, "-c", _RELOAD, *arguments], capture_output=True, text=True, check=False)
+    command, alone = [sys.executable, "-c", _RELOAD, *arguments], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=alone)
     if done.returncode:
         raise LowBitError(f"the fresh process failed: {done.stderr.strip()[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -13,6 +13,9 @@ from torch import Tensor
 from hf_lowbit.errors import LowBitError
 from hf_lowbit.pipeline.blocks import Block, Call, Stop, stopping
 
+# Rows of a head that are float32 at once: 128 MB at 4,096 inputs.
+HALF_ROWS = 1 << 13
+
 
 @dataclass
 class Batch:
@@ -82,7 +85,7 @@ class Recorder:
         def stand_in(number: int, before: Tensor, call: Call) -> Tensor:
             return hidden.to(before.device, before.dtype) if number + 1 == len(self.blocks) else before
 
-        with self._without_blocks(stand_in):
+        with self._without_blocks(stand_in), _half_products_in_float32(self.model):
             return self.model(input_ids=ids.to(self.model.device), use_cache=False)
 
     def _learn_form(self, ids: Tensor) -> None:
@@ -163,3 +166,41 @@ def check_finite(hidden: Tensor, where: str) -> None:
             f"{where} yields NaN or infinity on the calibration text. The checkpoint is damaged or overflows there: "
             "check its weights, or use other text."
         )
+
+
+class _HalfProduct(torch.autograd.Function):
+    """``x @ weight.T`` for a half-precision weight in float32, some rows of it at a time, with the gradient by ``x``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """``[..., out]`` of ``x`` ``[..., in]`` and ``weight`` ``[out, in]``, in the dtype of ``x``."""
+        ctx.save_for_backward(weight)
+        ctx.dtype = x.dtype
+        return torch.cat([x.float() @ part.float().T for part in weight.split(HALF_ROWS)], -1).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Gradient by ``x``."""
+        (weight,) = ctx.saved_tensors
+        pairs = zip(grads[0].split(HALF_ROWS, -1), weight.split(HALF_ROWS), strict=True)
+        return sum((grad.float() @ part.float() for grad, part in pairs), torch.zeros(())).to(ctx.dtype), None
+
+
+@contextmanager
+def _half_products_in_float32(model: Any) -> Iterator[None]:
+    """Products by half-precision weights in float32: on CPUs without such units a head takes 2.2 s instead of 0.03 s."""
+    changed: list[Any] = []
+    for module in model.modules():
+        plain = type(module) is torch.nn.Linear and module.bias is None and "forward" not in module.__dict__
+        if plain and module.weight.dtype in (torch.float16, torch.bfloat16) and module.weight.device.type == "cpu":
+            module.forward = _product_by(module.weight)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _product_by(weight: Tensor) -> Any:
+    return lambda x: _HalfProduct.apply(x, weight)

@@ -18,7 +18,7 @@ from hf_lowbit import LowBitConfig, demo, quantize
 from hf_lowbit.cli import main
 from hf_lowbit.errors import BadRequest, LowBitError
 from hf_lowbit.measure import divergence
-from hf_lowbit.pipeline import run
+from hf_lowbit.pipeline import forward, run
 from hf_lowbit.pipeline.blocks import find_groups
 from hf_lowbit.pipeline.forward import Recorder
 from hf_lowbit.plugin.sites import Shards, find_blocks
@@ -86,6 +86,24 @@ def test_recorded_blocks_and_tail_are_the_model(name):
         hidden = block.open()(hidden, batch.calls[number])
     torch.testing.assert_close(recorder.tail(IDS, hidden).logits, expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(model(IDS).logits, expected)  # and the model is as it was
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_head_of_a_half_precision_model_multiplies_in_float32(dtype, monkeypatch):
+    monkeypatch.setattr(forward, "HALF_ROWS", 100)  # several parts, the last one shorter
+    model = families.make_model("llama").to(dtype)
+    recorder = Recorder(model, blocks_of(model))
+    hidden = torch.randn(1, 12, 64).to(dtype).float().requires_grad_()
+    logits = recorder.tail(IDS[:1], hidden).logits
+    assert logits.dtype == dtype and "forward" not in model.lm_head.__dict__
+    wanted = torch.randn(logits.shape)
+    (slope,) = torch.autograd.grad((logits.float() * wanted).sum(), hidden)
+    exact = copy.deepcopy(model).float()
+    plain = Recorder(exact, blocks_of(exact)).tail(IDS[:1], hidden).logits
+    (expected,) = torch.autograd.grad((plain * wanted).sum(), hidden)
+    eps = torch.finfo(dtype).eps
+    assert (logits.float() - plain).abs().max() <= 4 * eps * plain.abs().max()
+    assert (slope - expected).abs().max() <= 8 * eps * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", families.FAMILIES)
