@@ -55,12 +55,7 @@ def _changed(method: str, more: dict | None = None, **options: object) -> dict:
     return {"method": method, "bits": 2, "sequences": 32, "options": options} | (more or {})
 
 
-def _learned(method: str, **options: object) -> dict:
-    return _changed(method, **{"steps": 50} | options)
-
-
-# At 2 bits, where every switch shows most, on 32 windows; learned methods with 50 steps, half the default: a row takes a
-# minute or two instead of five.
+# At 2 bits, where every switch shows most, on 32 windows. The switches of learned methods: eval/learning.py.
 ABLATION: list[tuple[str, dict]] = [
     ("gptq, 2 bits, 32 windows", _changed("gptq")),
     *[
@@ -79,18 +74,6 @@ ABLATION: list[tuple[str, dict]] = [
             ("32 windows of random tokens", {"random_tokens": True}),
         )
     ],
-    ("gumbel, 2 bits, 32 windows, 50 steps", _learned("gumbel")),
-    *[
-        (f"gumbel, {name}={value}", _learned("gumbel", **{name: value}))
-        for name, value in (
-            *(("steps", 25), ("steps", 100), ("learn", "codes"), ("learn", "codes_scales"), ("loss", "weighted")),
-            *(("loss", "cosine"), ("optimizer", "lion"), ("optimizer", "sign"), ("mixing", 0.5), ("batch", 2)),
-            *(("code_rate", 0.02), ("code_rate", 0.005), ("scale_rate", 0.004), ("table_rate", 0.004), ("noise", 1.0)),
-        )
-    ],
-    *[(f"jlcm, 50 steps, tables={count}", _learned("jlcm", tables=count)) for count in (4, 1, 8)],
-    ("nupes, 50 steps", _learned("nupes")),
-    ("nupes, learn=codes_scales", _learned("nupes", learn="codes_scales")),
 ]
 RECIPES = {"data-free": DATA_FREE, "calibrated": CALIBRATED, "ablation": ABLATION}
 # What the input table and tied head cost alone, everything else in high precision.
