@@ -1,6 +1,7 @@
 """What each switch of the learning loop is worth, on the first block of a model at 2 bits.
 
-    python eval/learning.py [--model DIR] [--text FILE] [--calibration FILE] [--windows 64] [--name learning]
+    python eval/learning.py [--model DIR] [--text FILE] [--calibration FILE] [--windows 64]
+                            [--only WORDS] [--name NAME]
 
 The model is cut behind its first block, which takes seconds where the whole model takes minutes. ``error`` is the squared
 difference of its final hidden states from the original's, as a share of their energy, on text that was neither calibrated
@@ -10,11 +11,12 @@ on nor held out by the loop. Without arguments it runs on the model and texts em
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
 import torch
-from results_file import write
+from results_file import RESULTS, write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hf_lowbit import LowBitConfig, quantize
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--text", default=str(held_out_text()))
     parser.add_argument("--calibration", default=str(calibration_text()))
     parser.add_argument("--windows", type=int, default=64)
+    parser.add_argument("--only", default="", help="only rows that start with one of these; adds to the result")
     parser.add_argument("--name", default="learning")
     args = parser.parse_args()
     cpu.set_arithmetic("exact")
@@ -70,10 +73,13 @@ def main() -> None:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     windows = ids[: len(ids) // 512 * 512].view(-1, 512)
     wanted = hidden_states(cut(args.model), windows)
-    rows: dict[str, dict] = {}
+    known = RESULTS / f"{args.name}.json"
+    rows = json.loads(known.read_text(encoding="utf-8"))["result"] if args.only and known.exists() else {}
     sources = {"model": Path(args.model).name, "text": Path(args.text).name, "calibration": Path(args.calibration).name}
     for method, options in ROWS:
         label = ", ".join([method, *(f"{name}={value}" for name, value in options.items())])
+        if not label.startswith(tuple(args.only.split(","))):
+            continue
         model, begun = cut(args.model), time.perf_counter()
         calibration = {"source": args.calibration, "sequences": args.windows}
         quantize(model, LowBitConfig(method, 2, calibration=calibration, options=options, quantize_embeddings=False))
