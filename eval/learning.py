@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--text", default=str(held_out_text()))
     parser.add_argument("--calibration", default=str(calibration_text()))
     parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--only", default="", help="only rows that start with one of these; adds to the result")
+    parser.add_argument(
+        "--only", default="", help="only rows that start with one of these, separated by semicolons; adds to the result"
+    )
     parser.add_argument("--name", default="learning")
     args = parser.parse_args()
     cpu.set_arithmetic("exact")
@@ -78,7 +80,7 @@ def main() -> None:
     sources = {"model": Path(args.model).name, "text": Path(args.text).name, "calibration": Path(args.calibration).name}
     for method, options in ROWS:
         label = ", ".join([method, *(f"{name}={value}" for name, value in options.items())])
-        if not label.startswith(tuple(args.only.split(","))):
+        if not label.startswith(tuple(args.only.split(";"))):
             continue
         model, begun = cut(args.model), time.perf_counter()
         calibration = {"source": args.calibration, "sequences": args.windows}
