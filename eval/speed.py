@@ -33,6 +33,7 @@ import json, sys, time, torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 from hf_lowbit.measure.speed import decode_rate, prefill_rate, read_bandwidth
+from one_billion import anonymous
 logging.disable_progress_bar()
 source, options, threads = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
@@ -43,10 +44,9 @@ options["dtype"] = getattr(torch, options["dtype"])
 begun = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(source, **options).eval()
 seconds = time.perf_counter() - begun
-with open("/proc/self/status") as file:
-    anonymous = next(int(line.split()[1]) // 1024 for line in file if line.startswith("RssAnon"))
+used = int(anonymous())
 prefill = prefill_rate(model, 128)
-out = {"decode": decode_rate(model, 1), "prefill": prefill, "load_seconds": seconds, "anonymous_mb": anonymous}
+out = {"decode": decode_rate(model, 1), "prefill": prefill, "load_seconds": seconds, "anonymous_mb": used}
 out["read_gb_s"] = read_bandwidth() / 1e9
 print(json.dumps(out))
 """

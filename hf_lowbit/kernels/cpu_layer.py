@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_lowbit.errors import BadRequest, LowBitError
-from hf_lowbit.kernels import cpu, cpu_library
+from hf_lowbit.errors import BadRequest
+from hf_lowbit.kernels import cpu
+from hf_lowbit.kernels.cpu_repack import checked, loaded
 
 # What hidden states, norms and caches may hold.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {dtype: cpu.DTYPES[dtype] for dtype in (torch.float32, torch.bfloat16)}
 # Heads of other widths have no whole vectors of 16 numbers.
 HEAD_STEP = 16
 
@@ -102,10 +103,7 @@ class FusedLayer:
         for number, epsilon in enumerate(epsilons):
             layer.epsilon[number] = epsilon
         self._layer = layer
-        found = cpu_library.library()
-        if found is None:
-            raise LowBitError(f"the fused layer was asked for, but {cpu_library.trouble()}")
-        self._library = found
+        self._library = loaded()
 
     def start(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of new tokens, with their positions.
@@ -129,7 +127,7 @@ class FusedLayer:
         queries = torch.empty(batch, tokens, shape.heads, shape.dim)
         keys = x.new_empty(batch, shape.kv_heads, tokens, shape.dim)
         values = torch.empty_like(keys)
-        self._checked(
+        checked(
             self._library.lowbit_layer_start(
                 layer, x.data_ptr(), batch, tokens, cosines.data_ptr(), sines.data_ptr(), len(cosines),
                 queries.data_ptr(), keys.data_ptr(), values.data_ptr(),
@@ -167,7 +165,7 @@ class FusedLayer:
             seen.strides[:] = first, query, key
         layer, kept = self._filled(x.dtype)
         y = torch.empty_like(x)
-        self._checked(
+        checked(
             self._library.lowbit_layer_finish(
                 layer, x.data_ptr(), queries.data_ptr(), ctypes.byref(cache), ctypes.byref(seen), batch, tokens, y.data_ptr()
             )
@@ -190,8 +188,3 @@ class FusedLayer:
         copy.biases[:] = [pointer(bias, torch.float32) for bias in self.biases]
         copy.dtype, copy.mode, copy.threads = DTYPES[dtype], cpu.mode(), torch.get_num_threads()
         return ctypes.byref(copy), kept
-
-    @staticmethod
-    def _checked(status: int) -> None:
-        if status:
-            raise LowBitError(f"the fused layer refused its arguments (code {status}).")

@@ -10,6 +10,7 @@ import weakref
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 # Room made beyond what is there: half as much again, and at least this many tokens.
 LEAST_ROOM = 256
@@ -68,8 +69,6 @@ def appended(cache: Any, keys: Tensor, values: Tensor, number: int) -> tuple[Ten
 
     Caches and layers other than the host's plain dynamic ones are asked to update themselves.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
     plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False) and number < len(cache.layers)
     layer: Any = cache.layers[number] if plain else None
     if (

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.cpu_layer import DTYPES, FusedLayer, Shape
@@ -101,8 +102,6 @@ def check(layer: Any) -> float:
 
     Three tokens without a cache, then one behind them, in exact arithmetic and float32 whatever the model's dtype.
     """
-    from transformers import DynamicCache
-
     draw = torch.Generator().manual_seed(0)
     shape = shape_of(layer)
     hidden = torch.randn(1, 4, shape.hidden, generator=draw)

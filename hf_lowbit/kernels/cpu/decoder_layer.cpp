@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -100,7 +101,7 @@ void activate(const LowbitLayer& l, float* gate, const float* up, int64_t count)
 using namespace lowbit;
 
 int32_t lowbit_layer_start(const LowbitLayer* layer, const void* x, int32_t batch, int32_t tokens, const void* cosines,
-                           const void* sines, int32_t position_rows, float* queries, void* keys, void* values) {
+                           const void* sines, int32_t position_rows, float* queries, void* keys, void* values) try {
     const LowbitLayer& l = *layer;
     const int64_t rows = int64_t(batch) * tokens, wide = int64_t(l.kv_heads) * l.dim;
     if (!fits(l) || (position_rows != 1 && position_rows != batch)) return LOWBIT_E_MATRIX;
@@ -131,10 +132,12 @@ int32_t lowbit_layer_start(const LowbitLayer* layer, const void* x, int32_t batc
         }
     }
     return 0;
+} catch (const std::exception&) {
+    return LOWBIT_E_MEMORY;
 }
 
 int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float* queries, const LowbitCache* cache,
-                            const LowbitMask* mask, int32_t batch, int32_t tokens, void* y) {
+                            const LowbitMask* mask, int32_t batch, int32_t tokens, void* y) try {
     const LowbitLayer& l = *layer;
     const int64_t rows = int64_t(batch) * tokens, wide = int64_t(l.heads) * l.dim;
     if (!fits(l)) return LOWBIT_E_MATRIX;
@@ -161,4 +164,6 @@ int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float
     if (const int32_t wrong = product(l, kDown, 1, gate, rows, &out)) return wrong;
     for (int64_t i = 0; i < rows * l.hidden; ++i) write_number(y, i, l.dtype, hidden[i] + out[i]);
     return 0;
+} catch (const std::exception&) {
+    return LOWBIT_E_MEMORY;
 }

@@ -41,28 +41,26 @@ struct Isa {
     static Bytes adds8(const Bytes& a, const Bytes& b) {
         return each<Bytes>([&](int i) { return uint8_t(a.v[i] + b.v[i] > 255 ? 255 : a.v[i] + b.v[i]); });
     }
-    // Shifts of 32-bit lanes, as little-endian machines see them.
-    template <int N>
-    static Bytes shr(const Bytes& a) {
+    // 32-bit lanes, as little-endian machines see them: of each pair of a and b what f makes of them.
+    template <class F>
+    static Bytes each_word(const Bytes& a, const Bytes& b, F f) {
         Bytes out;
         for (int i = 0; i < 16; ++i) {
-            uint32_t lane;
-            std::memcpy(&lane, a.v + 4 * i, 4);
-            lane >>= N;
-            std::memcpy(out.v + 4 * i, &lane, 4);
+            uint32_t x, y;
+            std::memcpy(&x, a.v + 4 * i, 4);
+            std::memcpy(&y, b.v + 4 * i, 4);
+            x = f(x, y);
+            std::memcpy(out.v + 4 * i, &x, 4);
         }
         return out;
     }
     template <int N>
+    static Bytes shr(const Bytes& a) {
+        return each_word(a, a, [](uint32_t x, uint32_t) { return x >> N; });
+    }
+    template <int N>
     static Bytes shl(const Bytes& a) {
-        Bytes out;
-        for (int i = 0; i < 16; ++i) {
-            uint32_t lane;
-            std::memcpy(&lane, a.v + 4 * i, 4);
-            lane <<= N;
-            std::memcpy(out.v + 4 * i, &lane, 4);
-        }
-        return out;
+        return each_word(a, a, [](uint32_t x, uint32_t) { return x << N; });
     }
     // In each 16 bytes: byte index % 16 of the table, or zero where the index has its top bit set.
     static Bytes shuffle(const Bytes& table, const Bytes& index) {
@@ -124,15 +122,7 @@ struct Isa {
         return each<Bytes>([&](int i) { return uint8_t(i % 4 ? 0 : v.v[i]); });
     }
     static Bytes add32(const Bytes& a, const Bytes& b) {
-        Bytes out;
-        for (int i = 0; i < 16; ++i) {
-            uint32_t x, y;
-            std::memcpy(&x, a.v + 4 * i, 4);
-            std::memcpy(&y, b.v + 4 * i, 4);
-            x += y;
-            std::memcpy(out.v + 4 * i, &x, 4);
-        }
-        return out;
+        return each_word(a, b, [](uint32_t x, uint32_t y) { return x + y; });
     }
 };
 

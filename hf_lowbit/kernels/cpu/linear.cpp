@@ -87,10 +87,14 @@ struct Job {
     int64_t first_tile;  // among the tiles of all jobs
 };
 
-int64_t scratch_bytes(const Matrix& m, int64_t batch) {
+int64_t most_groups(const Matrix& m) {
     int64_t groups = 1;
     for (int i = 0; i < m.stages; ++i) groups = groups > m.stage[i].groups ? groups : m.stage[i].groups;
-    return 64 * 8 + groups * kTile * 4 + 16 * 64 + 2 * batch * kTile * 4;
+    return groups;
+}
+
+int64_t scratch_bytes(const Matrix& m, int64_t batch) {
+    return 64 * 8 + most_groups(m) * kTile * 4 + 16 * 64 + 2 * batch * kTile * 4;
 }
 
 void add_outliers(const Job& job, int tile, float* y) {
@@ -146,9 +150,7 @@ void run_tile(const Job& job, int tile) {
     const int64_t batch = job.x->batch;
     char* at = thread_room(scratch_bytes(m, batch));
     Scratch scratch{};
-    int64_t groups = 1;
-    for (int i = 0; i < m.stages; ++i) groups = groups > m.stage[i].groups ? groups : m.stage[i].groups;
-    scratch.scales = take<float>(at, groups * kTile);
+    scratch.scales = take<float>(at, most_groups(m) * kTile);
     scratch.tables = take<int8_t>(at, 16 * 64);
     float* y = take<float>(at, batch * kTile);
     float* part = take<float>(at, batch * kTile);
