@@ -6,21 +6,21 @@
 
 namespace lowbit {
 
-// What one thread needs while it works on tiles; every pointer is 64-byte aligned.
-struct Scratch {
-    float* scales;       // [groups, 16]
-    int8_t* tables;      // [variants or parts, passes, 64]
-};
+constexpr int kRun = 8;             // most tiles that a thread works on at once
+constexpr int kTableBytes = 16 * 64;  // room for the int8 tables of a tile
 
 struct Body {
     const char* name;
     bool (*runs_here)();
-    // Round one row: values [blocks * 32] to rounded, scale, bias as in Activations.
-    void (*round_row)(const float* values, int blocks, int8_t* rounded, float* scale, int32_t* bias);
-    // y[m, r] = row r of one tile of a stage times row m of x, for all of its rows; y is float [batch, 16]. group_sums, of a
-    // stage with offsets: float [batch, groups], sums of x over each group.
-    void (*tile_int8)(const Matrix&, const Stage&, int tile, const Activations&, const float* group_sums, Scratch&, float* y);
-    void (*tile_exact)(const Matrix&, const Stage&, int tile, const Activations&, const float* group_sums, Scratch&, float* y);
+    // Round one row: values [blocks * 32] to rounded, scale, bias as in Activations, `step` places from block to block.
+    void (*round_row)(const float* values, int blocks, int step, int8_t* rounded, float* scale, int32_t* bias);
+    // y[t, m, r] = row r of tile first + t of a stage times row m of x, for all of x's rows and at most kRun tiles; y is float
+    // [count, batch, 16]. group_sums, of a stage with offsets: float [batch, groups], sums of x over each group. tables: room
+    // of count * kTableBytes, 64-byte aligned.
+    void (*tiles_int8)(const Matrix&, const Stage&, int first, int count, const Activations&, const float* group_sums,
+                       int8_t* tables, float* y);
+    void (*tiles_exact)(const Matrix&, const Stage&, int first, int count, const Activations&, const float* group_sums,
+                        int8_t* tables, float* y);
     // All queries of one sequence that share one head of keys.
     void (*attend_head)(const Attention&, int sequence, int head, float* scratch);
 };

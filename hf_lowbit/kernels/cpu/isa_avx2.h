@@ -9,6 +9,7 @@ namespace {
 
 struct Isa {
     static constexpr int kLanes = 8, kSlices = 2;
+    static constexpr int kMostRows = 4;  // of x whose sums fit the registers
     static constexpr int kBias = 0, kFewBias = 64;
     using Bytes = __m256i;
     using Ints = __m256i;
@@ -40,20 +41,19 @@ struct Isa {
         }
         return out;
     }
-    static Bytes quad(const int8_t* x) {
-        int32_t four;
-        __builtin_memcpy(&four, x, 4);
-        return _mm256_set1_epi32(four);
-    }
     static Ints start(int32_t bias) { return _mm256_set1_epi32(bias); }
     // Levels of either sign: |level| * (x with the sign of level), at most 2 * 128 * 127 per pair, which fits 16 bits.
     template <int BIAS>
-    static Ints dot(Ints sum, Bytes level, Bytes x) {
+    static Ints dot(Ints sum, Bytes level, const int8_t* from) {
+        int32_t four;
+        __builtin_memcpy(&four, from, 4);
+        const __m256i x = _mm256_set1_epi32(four);
         __m256i pairs;
         if constexpr (BIAS != 0) pairs = _mm256_maddubs_epi16(level, x);
         else pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(level), _mm256_sign_epi8(x, level));
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
+    static Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
     static Ints minus(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
     static Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
     static Floats zero() { return _mm256_setzero_ps(); }

@@ -11,6 +11,7 @@ namespace {
 
 struct Isa {
     static constexpr int kLanes = 16, kSlices = 1;
+    static constexpr int kMostRows = 4;  // of x whose sums fit the registers
     static constexpr int kBias = 0, kFewBias = 0;
     struct Bytes {
         uint8_t v[64];
@@ -69,20 +70,18 @@ struct Isa {
     static Bytes shuffle_rows(const Bytes table[4], const Bytes& index) {
         return each<Bytes>([&](int i) { return table[i / 4 % 4].v[(i & 48) + (index.v[i] & 15)]; });
     }
-    static Bytes quad(const int8_t* x) {
-        return each<Bytes>([&](int i) { return uint8_t(x[i & 3]); });
-    }
     static Ints start(int32_t) { return Ints{}; }
     template <int BIAS>
-    static Ints dot(const Ints& sum, const Bytes& level, const Bytes& x) {
+    static Ints dot(const Ints& sum, const Bytes& level, const int8_t* x) {
         Ints out;
         for (int i = 0; i < 16; ++i) {
             int32_t total = sum.v[i];
-            for (int k = 4 * i; k < 4 * i + 4; ++k) total += int(int8_t(level.v[k])) * int(int8_t(x.v[k]));
+            for (int k = 4 * i; k < 4 * i + 4; ++k) total += int(int8_t(level.v[k])) * int(x[k - 4 * i]);
             out.v[i] = total;
         }
         return out;
     }
+    static Ints plus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] + b.v[i]; }); }
     static Ints minus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] - b.v[i]; }); }
     static Floats to_floats(const Ints& v) { return each<Floats>([&](int i) { return float(v.v[i]); }); }
     static Floats zero() { return Floats{}; }

@@ -87,15 +87,7 @@ struct Job {
     int64_t first_tile;  // among the tiles of all jobs
 };
 
-int64_t most_groups(const Matrix& m) {
-    int64_t groups = 1;
-    for (int i = 0; i < m.stages; ++i) groups = groups > m.stage[i].groups ? groups : m.stage[i].groups;
-    return groups;
-}
-
-int64_t scratch_bytes(const Matrix& m, int64_t batch) {
-    return 64 * 8 + most_groups(m) * kTile * 4 + 16 * 64 + 2 * batch * kTile * 4;
-}
+int64_t scratch_bytes(int64_t batch) { return 64 * 4 + kRun * (kTableBytes + 2 * batch * kTile * 4); }
 
 void add_outliers(const Job& job, int tile, float* y) {
     const Matrix& m = *job.m;
@@ -144,28 +136,33 @@ void store_tile(const Job& job, int tile, const float* y) {
     }
 }
 
-// All full stages and the other terms of one tile of output rows. Scratch is this thread's.
-void run_tile(const Job& job, int tile) {
+// How many tiles advance together: several while every row of x takes part in one pass over the codes, one where codes are read
+// again for further rows and had better stay in the first cache.
+int run_of(int64_t batch) { return batch <= 8 ? kRun : 1; }
+
+// All full stages and the other terms of a run of tiles of output rows.
+void run_tiles(const Job& job, int tile, int count) {
     const Matrix& m = *job.m;
-    const int64_t batch = job.x->batch;
-    char* at = thread_room(scratch_bytes(m, batch));
-    Scratch scratch{};
-    scratch.scales = take<float>(at, most_groups(m) * kTile);
-    scratch.tables = take<int8_t>(at, 16 * 64);
-    float* y = take<float>(at, batch * kTile);
-    float* part = take<float>(at, batch * kTile);
+    const int64_t batch = job.x->batch, numbers = count * batch * kTile;
+    char* at = thread_room(scratch_bytes(batch));
+    int8_t* tables = take<int8_t>(at, kRun * kTableBytes);
+    float* y = take<float>(at, kRun * batch * kTile);
+    float* part = take<float>(at, kRun * batch * kTile);
     bool begun = false;
     for (int i = 0; i < m.stages; ++i) {
         const Stage& s = m.stage[i];
         if (s.row_ids_at) continue;
-        (job.exact ? body().tile_exact : body().tile_int8)(m, s, tile, *job.x, job.group_sums[i], scratch, begun ? part : y);
-        for (int64_t k = 0; begun && k < batch * kTile; ++k) y[k] += part[k];
+        const auto tiles = job.exact ? body().tiles_exact : body().tiles_int8;
+        tiles(m, s, tile, count, *job.x, job.group_sums[i], tables, begun ? part : y);
+        for (int64_t k = 0; begun && k < numbers; ++k) y[k] += part[k];
         begun = true;
     }
-    if (!begun) std::memset(y, 0, size_t(4 * batch * kTile));
-    add_outliers(job, tile, y);
-    add_low_rank(job, tile, y);
-    store_tile(job, tile, y);
+    if (!begun) std::memset(y, 0, size_t(4 * numbers));
+    for (int t = 0; t < count; ++t, y += batch * kTile) {
+        add_outliers(job, tile + t, y);
+        add_low_rank(job, tile + t, y);
+        store_tile(job, tile + t, y);
+    }
 }
 
 // One tile of a stage that covers some of the rows: each of its rows is one row of the output.
@@ -173,12 +170,10 @@ void run_partial_tile(const Job& job, int number, int tile) {
     const Matrix& m = *job.m;
     const Stage& s = m.stage[number];
     const int64_t batch = job.x->batch;
-    char* at = thread_room(scratch_bytes(m, batch));
-    Scratch scratch{};
-    scratch.scales = take<float>(at, int64_t(s.groups) * kTile);
-    scratch.tables = take<int8_t>(at, 16 * 64);
+    char* at = thread_room(scratch_bytes(batch));
+    int8_t* tables = take<int8_t>(at, kTableBytes);
     float* y = take<float>(at, batch * kTile);
-    (job.exact ? body().tile_exact : body().tile_int8)(m, s, tile, *job.x, job.group_sums[number], scratch, y);
+    (job.exact ? body().tiles_exact : body().tiles_int8)(m, s, tile, 1, *job.x, job.group_sums[number], tables, y);
     const int32_t* ids = m.at<int32_t>(s.row_ids_at);
     for (int r = 0; r < kTile && tile * kTile + r < s.rows; ++r) {
         for (int64_t i = 0; i < batch; ++i) job.extra[i * m.rows + ids[tile * kTile + r]] += y[i * kTile + r];
@@ -231,24 +226,26 @@ void place_job(Job& job, char*& at) {
 }  // namespace
 
 int64_t activation_bytes(int64_t batch, int32_t columns) {
-    const int64_t blocks = ceil_div(columns, kBlock);
-    return batch * blocks * (kBlock * 5 + 8) + 64 * 5;
+    const int64_t blocks = ceil_div(columns, kBlock), rows = batch + kPanel - 1;
+    return blocks * (batch * kBlock * 4 + rows * (kBlock + 8)) + 64 * 5;
 }
 
 void place_activations(char*& at, int64_t batch, int32_t columns, bool rounded, Activations& x) {
-    x.batch = batch, x.blocks = int32_t(ceil_div(columns, kBlock));
+    x.batch = batch, x.blocks = int32_t(ceil_div(columns, kBlock)), x.panel = int32_t(batch < kPanel ? batch : kPanel);
+    const int64_t places = rounded ? ceil_div(batch, x.panel) * x.panel * x.blocks : 0;
     x.values = take<float>(at, batch * x.blocks * kBlock);
-    x.rounded = rounded ? take<int8_t>(at, batch * x.blocks * kBlock) : nullptr;
-    x.scale = rounded ? take<float>(at, batch * x.blocks) : nullptr;
-    x.bias = rounded ? take<int32_t>(at, batch * x.blocks) : nullptr;
+    x.rounded = rounded ? take<int8_t>(at, places * kBlock) : nullptr;
+    x.scale = rounded ? take<float>(at, places) : nullptr;
+    x.bias = rounded ? take<int32_t>(at, places) : nullptr;
 }
 
 void fill_activations(const Matrix& m, const void* data, int dtype, int64_t row, const Activations& x) {
     float* values = const_cast<float*>(x.values) + row * x.blocks * kBlock;
     fill_row(m, data, row, dtype, values);
     if (x.rounded) {
-        body().round_row(values, x.blocks, const_cast<int8_t*>(x.rounded) + row * x.blocks * kBlock,
-                         const_cast<float*>(x.scale) + row * x.blocks, const_cast<int32_t*>(x.bias) + row * x.blocks);
+        const int64_t at = x.place(row, 0);
+        body().round_row(values, x.blocks, x.panel, const_cast<int8_t*>(x.rounded) + at * kBlock, const_cast<float*>(x.scale) + at,
+                         const_cast<int32_t*>(x.bias) + at);
     }
 }
 
@@ -307,13 +304,18 @@ int32_t linear(const Matrix* const* matrices, int count, const void* x, int64_t 
             });
         }
     }
-    const int64_t grain = tiles / (int64_t(threads) * 8);
-    parallel_for(tiles, grain < 1 ? 1 : grain, threads, [&](int64_t first, int64_t last) {
+    const int run = run_of(batch);
+    int64_t grain = tiles / (int64_t(threads) * 8);
+    grain = grain > run ? grain / run * run : run;
+    parallel_for(tiles, grain, threads, [&](int64_t first, int64_t last) {
         int i = count - 1;
         while (jobs[i].first_tile > first) --i;
-        for (int64_t t = first; t < last; ++t) {
+        for (int64_t t = first; t < last;) {
             while (i + 1 < count && jobs[i + 1].first_tile <= t) ++i;
-            run_tile(jobs[i], int(t - jobs[i].first_tile));
+            const int64_t end = i + 1 < count && jobs[i + 1].first_tile < last ? jobs[i + 1].first_tile : last;
+            const int together = int(end - t < run ? end - t : run);
+            run_tiles(jobs[i], int(t - jobs[i].first_tile), together);
+            t += together;
         }
     });
     return 0;
