@@ -104,6 +104,7 @@ class FusedLayer:
             layer.epsilon[number] = epsilon
         self._layer = layer
         self._library = loaded()
+        self._ready: tuple[tuple[object, ...], _Layer] | None = None
 
     def start(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of new tokens, with their positions.
@@ -174,17 +175,22 @@ class FusedLayer:
         return y
 
     def _filled(self, dtype: torch.dtype) -> tuple[object, list[Tensor]]:
-        """The struct with what may change between calls, and the tensors that must outlive the call."""
-        kept: list[Tensor] = []
+        """A struct for one call, and the tensors made for it alone, which must outlive the call.
 
-        def pointer(value: Tensor | None, wanted: torch.dtype) -> int | None:
-            if value is None:
-                return None
-            kept.append(value.detach().to(wanted).contiguous())
-            return kept[-1].data_ptr()
-
-        copy = _Layer.from_buffer_copy(self._layer)
-        copy.norms[:] = [pointer(norm, dtype) for norm in self.norms]
-        copy.biases[:] = [pointer(bias, torch.float32) for bias in self.biases]
-        copy.dtype, copy.mode, copy.threads = DTYPES[dtype], cpu.mode(), torch.get_num_threads()
-        return ctypes.byref(copy), kept
+        Where norms and biases are as the kernels want them, the struct serves until one is replaced. Another takes its
+        place then, since a second thread may be using it.
+        """
+        threads, mode = torch.get_num_threads(), cpu.mode()
+        tensors = [(tensor, dtype) for tensor in self.norms] + [(tensor, torch.float32) for tensor in self.biases]
+        state = (dtype, threads, mode, *(tensor is not None and tensor.data_ptr() for tensor, _ in tensors))
+        ready = self._ready
+        if ready is not None and ready[0] == state:
+            return ctypes.byref(ready[1]), []
+        kept = [None if tensor is None else tensor.detach().to(wanted).contiguous() for tensor, wanted in tensors]
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in kept]
+        layer = _Layer.from_buffer_copy(self._layer)
+        layer.norms[:], layer.biases[:] = pointers[: len(self.norms)], pointers[len(self.norms) :]
+        layer.dtype, layer.mode, layer.threads = DTYPES[dtype], mode, threads
+        if all(tensor is None or tensor.data_ptr() == own for (tensor, _), own in zip(tensors, pointers, strict=True)):
+            self._ready = state, layer
+        return ctypes.byref(layer), [tensor for tensor in kept if tensor is not None]

@@ -17,9 +17,10 @@
 namespace lowbit {
 namespace {
 
-// A worker spins this many times before it sleeps: about 30 us, more than the gap between two matrices of a layer and
-// little beside a scheduler's time slice when the machine is busy.
-constexpr int kSpins = 2000;
+// A worker spins this many times before it sleeps: some 200 us, more than the gap that the host leaves between two fused calls
+// and little beside a scheduler's time slice when the machine is busy. Waking a sleeper costs 40 us, a third of a product of
+// 2048 x 2048.
+constexpr int kSpins = 10000;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
