@@ -62,12 +62,13 @@ inline void clear_sums(const Walk& w, int rows, float* y) {
 template <int BITS>
 constexpr int kPiece = BITS >= 4 ? 2 : BITS == 3 ? 4 : 8;
 
-// Calls f(tile, slice, first block, behind the last, place) for the pieces of all tiles of a run, tiles in turn.
+// Calls f(tile, slice, first block, behind the last, place) for the pieces of all tiles of a run in turn, or once for a single tile.
 template <int BITS, class F>
 inline void over_pieces(const Walk& w, F&& f) {
     Place place(w);
-    for (int b = 0; b < w.blocks; b += kPiece<BITS>) {
-        const int end = b + kPiece<BITS> < w.blocks ? b + kPiece<BITS> : w.blocks;
+    const int piece = w.tiles > 1 ? kPiece<BITS> : w.blocks;
+    for (int b = 0; b < w.blocks; b += piece) {
+        const int end = b + piece < w.blocks ? b + piece : w.blocks;
         for (int t = 0; t < w.tiles; ++t) {
             for (int s = 0; s < Isa::kSlices; ++s) f(t, s, b, end, place);
         }
