@@ -23,6 +23,8 @@ struct Body {
                         int8_t* tables, float* y);
     // All queries of one sequence that share one head of keys.
     void (*attend_head)(const Attention&, int sequence, int head, float* scratch);
+    // gate = silu(gate) * up
+    void (*gate_silu)(float* gate, const float* up, int64_t count);
 };
 
 const Body* body_portable();

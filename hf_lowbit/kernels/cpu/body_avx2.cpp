@@ -12,7 +12,7 @@ const Body* body_avx2() {
     static const Body body{
         "avx2",
         [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); },
-        round_row, tiles_int8, tiles_exact, attend_head};
+        round_row, tiles_int8, tiles_exact, attend_head, gate_silu};
     return &body;
 }
 

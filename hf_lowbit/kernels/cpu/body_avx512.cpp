@@ -14,7 +14,7 @@ const Body* body_avx512() {
                                return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
                            },
-                           round_row, tiles_int8, tiles_exact, attend_head};
+                           round_row, tiles_int8, tiles_exact, attend_head, gate_silu};
     return &body;
 }
 

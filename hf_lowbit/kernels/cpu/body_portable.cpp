@@ -7,7 +7,7 @@
 namespace lowbit {
 
 const Body* body_portable() {
-    static const Body body{"portable", [] { return true; }, round_row, tiles_int8, tiles_exact, attend_head};
+    static const Body body{"portable", [] { return true; }, round_row, tiles_int8, tiles_exact, attend_head, gate_silu};
     return &body;
 }
 

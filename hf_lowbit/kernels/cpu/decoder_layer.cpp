@@ -90,8 +90,8 @@ int32_t attend(const LowbitLayer& l, const Attention& a) {
 
 // gate = silu(gate) * up
 void activate(const LowbitLayer& l, float* gate, const float* up, int64_t count) {
-    parallel_for(count, 1024, threads_for(l, count * 16), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    parallel_for(count, 1024, threads_for(l, count * 4), [&](int64_t first, int64_t last) {
+        body().gate_silu(gate + first, up + first, last - first);
     });
 }
 
