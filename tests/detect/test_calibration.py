@@ -14,7 +14,7 @@ from hf_lowbit.detect.calibrate import EDGES
 from hf_lowbit.detect.calibration import Bin, Calibration, Threshold, check_detector, needed, threshold
 from hf_lowbit.errors import BadRequest, FormatError
 
-WORDS = "the of and to a in that he was it his with as had her for at on not be".split()
+WORDS = ("the", "of", "and", "to", "a", "in", "that", "he", "was", "it", "his", "with", "as", "had", "for", "her", "at")
 
 
 def prose(seed: int, length: int = 150) -> str:
@@ -110,8 +110,6 @@ def test_lengths_without_enough_texts_get_no_bin(toy, people):
     assert toy.calibration.bin_for(59) is None
     assert toy.calibration.bin_for(199).low == 100
     assert toy.calibration.bin_for(200) is None
-    toy.calibrate([*people, *long, prose(99, 420)])
-    assert toy.calibration.bins[-1].low == 200
     toy.calibrate([prose(seed, 420) for seed in range(99)])
     assert [b.low for b in toy.calibration.bins] == list(EDGES)
     assert toy.calibration.bin_for(10**6).low == EDGES[-1]
@@ -178,9 +176,9 @@ def test_a_field_of_another_kind_is_an_error(calibrated, tmp_path, key, value):
 
 
 def test_a_place_that_cannot_be_read_or_written(calibrated, tmp_path):
-    with pytest.raises(BadRequest, match="cannot read .*No such file"):
+    with pytest.raises(BadRequest, match=r"cannot read .*No such file"):
         Calibration.load(tmp_path / "nowhere")
-    with pytest.raises(BadRequest, match="cannot write .*Is a directory"):
+    with pytest.raises(BadRequest, match=r"cannot write .*Is a directory"):
         calibrated.calibration.save(Path(tmp_path))
 
 

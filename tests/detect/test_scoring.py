@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def total(sums: TextSums) -> np.ndarray:
 def test_each_token_is_scored_once_behind_half_a_window(length, window, skip, cuts):
     ids = torch.arange(length)
     places = [0, *sorted(min(cut, length) for cut in cuts), length]
-    pieces = (ids[a:b] for a, b in zip(places, places[1:], strict=False))
+    pieces = (ids[a:b] for a, b in pairwise(places))
     seen = []
     for one in windows(7, pieces, window, skip):
         assert one.text == 7 and len(one.ids) <= window
