@@ -38,7 +38,7 @@ STYLE = """
 .lb-heat span, .lb-key span, .lb-strip span { color: var(--lb-ink); border-radius: .2em; }
 .lb-h0 { background: var(--lb-h0); } .lb-h1 { background: var(--lb-h1); } .lb-h2 { background: var(--lb-h2); }
 .lb-h3 { background: var(--lb-h3); } .lb-h4 { background: var(--lb-h4); }
-.lb-key span { padding: .1em .5em; margin-right: .4em; font-size: .9em; display: inline-block; }
+.lb-key span { padding: .1em .5em; margin: 0 .4em .4em 0; font-size: .9em; display: inline-block; }
 .lb-strip { display: flex; gap: 2px; height: 2.2em; } .lb-strip span { min-width: 4px; font-size: .8em; text-align: center;
   line-height: 2.7em; overflow: hidden; }
 .lb-detect table { border-collapse: collapse; border: 0 !important; width: auto; }

@@ -54,7 +54,7 @@ def build(detector: Detector, examples: list[tuple[str, str]]) -> Any:
         with gr.Row():
             with gr.Column():
                 text = gr.Textbox(label="Text", lines=14, max_lines=22, placeholder="Paste a text here.", elem_id="text")
-                file = gr.File(label="or a text file (UTF-8)", file_count="single", height=110, elem_id="file")
+                file = gr.File(label="or a text file (UTF-8)", file_count="single", height=140, elem_id="file")
                 score = gr.Dropdown(
                     choices, value=detector.score, label="Score the verdict rests on", elem_id="score", interactive=True
                 )

@@ -62,7 +62,7 @@ def _judge(evidence: Detection, value: float, found: Bin, calibration: Calibrati
     error = f"{100 * calibration.fpr:g} %"
     if p_value <= calibration.fpr:
         why = (
-            f"as machine-like as at most {100 * p_value:.2g} % of people's texts of this length ({people} in the "
+            f"at most {100 * p_value:.2g} % of people's texts of this length score as machine-like as this ({people} in the "
             f"calibration); of people's texts like those, at most {error} get this verdict"
         )
         return replace(evidence, verdict=MACHINE, reason=why)
