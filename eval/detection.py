@@ -23,6 +23,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,12 @@ def compare(human: dict[str, np.ndarray], machine: dict[str, np.ndarray]) -> dic
     return {name: summary(human[name], machine[name]) for name in human}
 
 
+@cache
+def own_texts(place: str, books: str, count: int) -> Texts:
+    """The texts several parts share, written once."""
+    return Texts(place, books, count)
+
+
 class Texts:
     """People's and a model's own texts: pieces of the books, and continuations of other places by every decoding."""
 
@@ -76,7 +83,7 @@ class Texts:
 
 def run_own(args: argparse.Namespace) -> dict:
     """By decoding and length."""
-    texts, detector = Texts(args.model, args.books, args.count), SpotDetector.from_pretrained(args.model)
+    texts, detector = own_texts(args.model, args.books, args.count), SpotDetector.from_pretrained(args.model)
     human = statistics(detector, texts.human)
     rows = {}
     for how, made in texts.machine.items():
@@ -90,7 +97,7 @@ def run_own(args: argparse.Namespace) -> dict:
 
 def run_bits(args: argparse.Namespace) -> dict:
     """The detector's own quantization; thresholds of the 32-bit detector on the others, and Binoculars pairs."""
-    texts = Texts(args.model, args.books, args.count)
+    texts = own_texts(args.model, args.books, args.count)
     rows, first = {}, {}
     for bits in BITS:
         config = None if bits == 32 else LowBitConfig(bits=bits)
@@ -154,7 +161,7 @@ EDITS: dict[str, Callable[[str, random.Random], str]] = {
 
 def run_edits(args: argparse.Namespace) -> dict:
     """Machines' texts edited, against people's as they are; as they stand and cleaned as ``detect`` does."""
-    texts, detector = Texts(args.model, args.books, args.count), SpotDetector.from_pretrained(args.model)
+    texts, detector = own_texts(args.model, args.books, args.count), SpotDetector.from_pretrained(args.model)
     human = scores(statistics(detector, texts.human))
     rows = {}
     for name, edit in EDITS.items():

@@ -226,7 +226,7 @@ def run_detect(args: argparse.Namespace) -> None:
     if args.html and Path(args.html).exists() and not Path(args.html).is_file():
         raise BadRequest(f"cannot write {args.html!r}: it is not a file.")
     score = get_score(args.score or DEFAULT).name
-    texts = [] if args.serve else list(inputs.read_inputs(args.input))  # refused before a model is loaded
+    files = [] if args.serve else inputs.find_inputs(args.input)  # refused before a model is loaded
     checkpoint.show_progress(False)
     detector = SpotDetector.from_pretrained(
         args.detector or demo.embedded_model(),
@@ -241,7 +241,7 @@ def run_detect(args: argparse.Namespace) -> None:
 
         return serve.run(detector, args.port, demo.example_texts())
     with _progress_bar("texts", sys.stderr.isatty() and not args.json) as progress:
-        results = list(inputs.judge(detector, texts, progress))
+        results = list(inputs.judge(detector, files, progress))
     if args.html:
         _write_text(args.html, report.page(results))
     if args.json:

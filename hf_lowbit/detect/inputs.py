@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hf_lowbit.detect.detector import Detector
@@ -15,46 +16,71 @@ from hf_lowbit.errors import BadRequest
 LARGEST = 64 << 20
 
 
-def read_inputs(place: str) -> Iterator[tuple[str, str | None, str]]:
-    """Name, text, and why there is none, of each file; hidden files are left out.
+@dataclass(frozen=True)
+class Input:
+    """A file to judge, or standard input where ``path`` is None."""
+
+    name: str
+    path: Path | None
+
+    def read(self) -> tuple[str | None, str]:
+        """Its text, or None and why there is none."""
+        if self.path is None:
+            return _decoded(sys.stdin.buffer.read(LARGEST))
+        try:
+            with self.path.open("rb") as handle:
+                return _decoded(handle.read(LARGEST))
+        except OSError as error:
+            return None, f"cannot be read: {error.strerror or error}"
+
+
+def find_inputs(place: str) -> list[Input]:
+    """The files a place stands for; hidden ones in a directory are left out.
 
     Raises:
         BadRequest: nothing there, or a directory without files.
     """
     if place == "-":
-        yield ("standard input", *_decoded(sys.stdin.buffer.read(LARGEST)))
-        return
+        return [Input("standard input", None)]
     path = Path(place)
     if not path.exists():
         raise BadRequest(f"cannot read {place!r}: No such file or directory. Give a text file, a directory, or - for stdin.")
-    if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
-        if not files:
-            raise BadRequest(f"{place!r} holds no files to judge.")
-    else:
-        files = [path]
-    for file in files:
-        name = str(file.relative_to(path)) if path.is_dir() else file.name
-        try:
-            with file.open("rb") as handle:
-                data = handle.read(LARGEST)
-        except OSError as error:
-            if len(files) == 1:
-                raise BadRequest(f"cannot read {place!r}: {error.strerror or error}.") from error
-            yield name, None, f"cannot be read: {error.strerror or error}"
-            continue
-        yield (name, *_decoded(data))
+    if not path.is_dir():
+        return [Input(path.name, path)]
+    files = sorted(f for f in path.rglob("*") if f.is_file() and not f.name.startswith("."))
+    if not files:
+        raise BadRequest(f"{place!r} holds no files to judge.")
+    return [Input(str(file.relative_to(path)), file) for file in files]
 
 
 def judge(
-    detector: Detector, texts: Sequence[tuple[str, str | None, str]], progress: Callable[[int, int], None]
+    detector: Detector, inputs: Sequence[Input], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Iterator[Detection]:
-    """A detection for each of :func:`read_inputs`, in order; what is no text gets an abstention."""
-    found = detector.stream(text for _, text, _ in texts if text is not None)
-    for number, (name, text, why) in enumerate(texts, 1):
-        one = Detection(ABSTAIN, why, detector.score) if text is None else next(found)
-        yield replace(one, source=name)
-        progress(number, len(texts))
+    """A detection for each input, in order; what is no text gets an abstention. Files are read as they are needed."""
+    read: deque[tuple[str, str | None]] = deque()  # name, and why it is no text
+
+    def texts() -> Iterator[str]:
+        for one in inputs:
+            text, why = one.read()
+            read.append((one.name, why if text is None else None))
+            if text is not None:
+                yield text
+
+    def answers() -> Iterator[Detection]:
+        for found in detector.stream(texts()):
+            yield from _no_texts(read, detector.score)
+            yield replace(found, source=read.popleft()[0])
+        yield from _no_texts(read, detector.score)
+
+    for number, found in enumerate(answers(), 1):
+        yield found
+        progress(number, len(inputs))
+
+
+def _no_texts(read: deque[tuple[str, str | None]], score: str) -> Iterator[Detection]:
+    while read and read[0][1] is not None:
+        name, why = read.popleft()
+        yield Detection(ABSTAIN, why or "", score, source=name)
 
 
 def _decoded(data: bytes) -> tuple[str | None, str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_lowbit.detect import report
 from hf_lowbit.detect.detector import Detector
-from hf_lowbit.detect.inputs import read_inputs
+from hf_lowbit.detect.inputs import Input
 from hf_lowbit.errors import BadRequest, LowBitError
 
 TITLE = "Who wrote this text?"
@@ -128,11 +128,9 @@ def uploaded(detector: Detector, file: str | None, score: str) -> tuple[str, str
     """Text of a file, and HTML of its result or of the error."""
     if file is None:
         return "", WAITING
-    try:
-        ((_, text, why),) = read_inputs(str(file))
-    except LowBitError as error:
-        return "", _error(str(error))
-    return ("", _error(f"{Path(file).name}: {why}.")) if text is None else (text, answer(detector, text, score))
+    one = Input(Path(file).name, Path(file))
+    text, why = one.read()
+    return ("", _error(f"{one.name}: {why}.")) if text is None else (text, answer(detector, text, score))
 
 
 def _error(message: str) -> str:

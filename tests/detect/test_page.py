@@ -32,7 +32,7 @@ def test_files_that_are_no_texts_are_errors(spot, tmp_path):
     (tmp_path / "b<i>.bin").write_bytes(b"\0\1\2")
     text, page = serve.uploaded(spot, str(tmp_path / "b<i>.bin"), "spot")
     assert (text, 'role="alert"' in page, "b&lt;i&gt;.bin" in page, "NUL bytes" in page) == ("", True, True, True)
-    assert "cannot read" in serve.uploaded(spot, str(tmp_path / "gone"), "spot")[1]
+    assert "cannot be read: No such file" in serve.uploaded(spot, str(tmp_path / "gone"), "spot")[1]
     assert serve.uploaded(spot, None, "spot") == ("", serve.WAITING)
 
 
