@@ -37,11 +37,15 @@ from transformers.utils import logging
 from hf_lowbit import LowBitConfig, SpotDetector
 from hf_lowbit.demo import embedded_model, held_out_text
 from hf_lowbit.detect import SCORES, Means
+from hf_lowbit.detect.calibration import six_digits
 from hf_lowbit.detect.clean import clean
 
 LENGTHS = (20, 30, 40, 60, 80, 100, 140, 200)
 TOKENS = 200
 BITS = (32, 8, 4, 3, 2)
+# Decodings that are looked at where the detector varies, and people's texts of a group.
+DECODED = ("greedy", "T=0.7", "top-p 0.9", "T=0.9", "T=1.0")
+GROUP = 150
 
 
 def statistics(detector: SpotDetector, texts: Iterable[str], length: int = TOKENS, plain: bool = True) -> list[np.ndarray]:
@@ -98,29 +102,30 @@ def run_own(args: argparse.Namespace) -> dict:
 def run_bits(args: argparse.Namespace) -> dict:
     """The detector's own quantization; thresholds of the 32-bit detector on the others, and Binoculars pairs."""
     texts = own_texts(args.model, args.books, args.count)
-    rows, first = {}, {}
+    rows: dict[str, dict] = {}
+    first: dict[str, np.ndarray] = {}
     for bits in BITS:
         config = None if bits == 32 else LowBitConfig(bits=bits)
         detector = SpotDetector.from_pretrained(args.model, quantization_config=config)
         human = scores(statistics(detector, texts.human), TOKENS)
         first = first or human
-        for how, made in texts.machine.items():
-            found = compare(human, scores(statistics(detector, made), TOKENS))
+        for how in DECODED:
+            found = compare(human, scores(statistics(detector, texts.machine[how]), TOKENS))
             for name, row in found.items():
                 row["spearman"] = round(spearman(first[name], human[name]), 4)
                 row["fpr_at_old_threshold"] = round(power(first[name], human[name], 0.01), 4)
             rows[f"{how}, {bits} bits"] = found
-        print(bits, {how: rows[f"{how}, {bits} bits"]["spot"]["auroc"][0] for how in texts.machine}, flush=True)
+        print(bits, {how: rows[f"{how}, {bits} bits"]["spot"]["auroc"][0] for how in DECODED}, flush=True)
     for bits in (4, 3, 2):
         pair = SpotDetector.from_pretrained(args.model, observer=LowBitConfig(bits=bits))
         human = scores(statistics(pair, texts.human), TOKENS)
-        for how, made in texts.machine.items():
-            found = scores(statistics(pair, made), TOKENS)
+        for how in DECODED:
+            found = scores(statistics(pair, texts.machine[how]), TOKENS)
             rows[f"{how}, pair with {bits} bits"] = {"binoculars": summary(human["binoculars"], found["binoculars"])}
         print(
             "pair",
             bits,
-            {h: rows[f"{h}, pair with {bits} bits"]["binoculars"]["auroc"][0] for h in texts.machine},
+            {h: rows[f"{h}, pair with {bits} bits"]["binoculars"]["auroc"][0] for h in DECODED},
             flush=True,
         )
     return rows
@@ -193,8 +198,7 @@ def run_calibration(args: argparse.Namespace) -> dict:
         if detector.calibration is not None:
             _count_flags(rows.setdefault(f"shipped calibration, {group}", {}), detector, texts)
     for label, row in rows.items():
-        for score in [key for key in row if isinstance(row[key], dict)]:
-            found = row[score]
+        for found in row.values():
             low, high = binomial_interval(found["flagged"], max(1, found["judged"]))
             found["fpr"] = [round(v, 5) for v in (found["flagged"] / max(1, found["judged"]), low, high)]
         print(label, {k: v for k, v in row.items() if k in ("fast_detectgpt", "spot")}, flush=True)
@@ -211,12 +215,17 @@ def _cut(source: Source, texts: Sequence[str], low: int, high: int) -> list[str]
 
 
 def _count_flags(row: dict, detector: SpotDetector, texts: Sequence[str]) -> None:
-    for score in ("fast_detectgpt", "spot", "log_rank", "lrr", "likelihood"):
-        found = row.setdefault(score, {"flagged": 0, "judged": 0, "outside": 0})
-        for one in detector.detect(texts, score, keep=0):
-            found["judged"] += one.p_value is not None
-            found["outside"] += one.p_value is None
-            found["flagged"] += one.verdict == "machine"
+    """Which texts every score would call a machine's; whether a text is judged at all does not depend on the score."""
+    calibration = detector.calibration
+    assert calibration is not None
+    for one in detector.detect(texts, keep=0):
+        found = calibration.bin_for(one.tokens)
+        for name, value in one.scores.items():
+            counts = row.setdefault(name, {"flagged": 0, "judged": 0, "outside": 0})
+            judged = one.p_value is not None and found is not None
+            counts["judged" if judged else "outside"] += 1
+            turned = six_digits(SCORES[name].sign * value)
+            counts["flagged"] += judged and found.p_value(name, turned) <= calibration.fpr
 
 
 def people_by_group(args: argparse.Namespace) -> dict[str, list[str]]:
@@ -225,9 +234,9 @@ def people_by_group(args: argparse.Namespace) -> dict[str, list[str]]:
     if args.pairs:
         for row in pairs(args.pairs, args.rows):
             groups.setdefault(f"{row['dataset']} ({row['file']})", []).append(row["human"])
-        groups = {name: sorted(set(texts))[: 4 * args.rows] for name, texts in groups.items()}
+        groups = {name: list(dict.fromkeys(texts))[:GROUP] for name, texts in groups.items()}
     if args.stories:
-        groups["stories"] = read_stories(args.stories)
+        groups["stories"] = read_stories(args.stories)[:GROUP]
     return groups
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_lowbit import SpotDetector, demo
-from hf_lowbit.detect import Detector
+from hf_lowbit.detect import Detector, calibration
 from hf_lowbit.detect.scoring import Scorer
 
 
@@ -50,7 +50,8 @@ def scorer(letters) -> Scorer:
 
 
 @pytest.fixture
-def toy(scorer) -> Detector:
+def toy(scorer, monkeypatch) -> Detector:
+    monkeypatch.setattr(calibration, "RESAMPLES", 50)
     return Detector(scorer, {"name": "toy", "weights": "a", "quantization": None})
 
 

@@ -84,7 +84,7 @@ ANYTHING = st.one_of(
 )
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(ANYTHING, max_size=4))
 def test_nothing_crashes_and_nothing_is_accused(spot, texts):
     results = spot.detect(texts)
@@ -106,7 +106,7 @@ def test_ten_megabytes_on_one_line_end_at_the_limit(spot, books, monkeypatch):
     assert "only the first 3,000 tokens were read" in found.notes
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(source=st.text(max_size=50), text=st.text(alphabet=st.sampled_from("<>&\"'abc =/"), min_size=40, max_size=200))
 def test_text_is_never_markup(spot, source, text):
     from dataclasses import replace

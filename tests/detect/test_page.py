@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -40,6 +41,14 @@ def test_without_gradio_it_says_what_to_install(spot, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(BadRequest, match=r"needs Gradio .*: pip install 'hf-lowbit\[serve\]'"):
         serve.run(spot, 7860, [])
+
+
+@pytest.mark.skipif("gradio" in MISSING, reason="needs gradio, as pip install -e '.[serve]' brings")
+def test_a_port_that_is_taken(spot):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(BadRequest, match=rf"port {port} cannot be used .* Choose another with --port"):
+            serve.run(spot, port, [])
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +108,7 @@ def test_a_visit(browser, address, tmp_path):
     page.get_by_text("SPOT originality (decides)").wait_for()
 
     page.get_by_role("button", name="too short").click()  # an example that must not get a verdict
+    page.wait_for_function("wanted => document.querySelector('#text textarea').value == wanted", arg=EXAMPLES["too short"])
     page.locator("#detect").click()
     page.get_by_text("the calibration starts at 60").wait_for()
     assert verdict.inner_text() == "No verdict"
