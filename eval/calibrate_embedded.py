@@ -3,9 +3,9 @@
     python eval/calibrate_embedded.py BOOKS.txt [--out DIR]
 
 BOOKS.txt is public-domain prose the embedded model was not trained on, parts of eight books one behind the other. Pieces of
-it are people's texts. No text goes into the file: it holds scores, thresholds and the hundred commonest words. There are no
-machines' texts in it: what the model samples at temperature 1 scores as people's do (eval/results/detection_own.json), so no
-score could speak for a person. Writes ``detector_calibration.json`` and ``detector_examples.json``.
+it are people's texts. No text goes into the file: it holds scores, thresholds and the hundred commonest words. It has no
+machines' texts: what the model samples at temperature 1 scores as people's do (``results/detection_own_embedded.json``), so
+no score could speak for a person. Writes ``detector_calibration.json`` and ``detector_examples.json``.
 """
 
 from __future__ import annotations
