@@ -45,7 +45,7 @@ def by_length(name: str) -> str:
 def by_bits(name: str) -> str:
     """AUROC at 200 tokens by the detector's bits."""
     found, rows = result(name), []
-    kinds = ("greedy", "T=0.7", "top-p 0.9", "T=0.9", "T=1.0")
+    kinds = ("greedy", "T=0.7", "T=0.9", "T=1.0")
     for bits in (32, 8, 4, 3, 2):
         for score in ("spot", "fast_detectgpt"):
             cells = [found[f"{how}, {bits} bits"][score] for how in kinds]
@@ -117,9 +117,7 @@ def speed(name: str) -> str:
 KINDS = ("plain", "texts of 120 tokens", "one long text")
 TABLES = {
     "by-length": lambda: by_length("own_embedded"),
-    "by-length-books4m": lambda: by_length("own_books4m"),
     "by-bits": lambda: by_bits("bits_embedded"),
-    "by-bits-books4m": lambda: by_bits("bits_books4m"),
     "edits": lambda: edits("edits_embedded"),
     "false-positives": lambda: false_positives("calibration_embedded"),
     "cross": lambda: cross("cross_books4m"),

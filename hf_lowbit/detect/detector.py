@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import tee
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from hf_lowbit.detect.scores import DEFAULT, SCORES, Means, Score, get_score
 from hf_lowbit.detect.scoring import Scorer, TextSums
 from hf_lowbit.detect.verdict import conclude, unreadable
 from hf_lowbit.errors import BadRequest
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RESAMPLES = 400
 # Tokens of a text kept one by one for the heat map, unless asked otherwise.
@@ -70,7 +73,7 @@ class Detector:
         groups: Sequence[Any] | None = None,
         language: str = "en",
         source: str = "",
-    ) -> Detector:
+    ) -> Self:
         """Set thresholds from texts people wrote, in place.
 
         Args:

@@ -88,11 +88,14 @@ class Scorer:
     def __init__(
         self, model: Any, tokenizer: Any, observer: Any = None, window: int = 512, skip: int = 10, limit: int = 200_000
     ) -> None:
-        if window < 32 or not 1 <= skip < window // 2:
-            raise BadRequest(f"window={window}, skip={skip}: a window needs 32 tokens or more, skip 1 to half of a window.")
         self.model, self.tokenizer, self.observer = model, tokenizer, observer
         places = [getattr(m.config.get_text_config(), "max_position_embeddings", None) for m in self._models]
         self.window = min([window, *(p for p in places if isinstance(p, int) and p > 0)])
+        if self.window < 32 or not 1 <= skip < self.window // 2:
+            raise BadRequest(
+                f"window={self.window}, skip={skip}: a window needs 32 tokens or more, which the model must take, and skip is 1 "
+                "to half of it."
+            )
         self.skip, self.limit = skip, limit
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +83,6 @@ class SpotDetector(Detector):
         elif place is not None and (own := Path(place) / FILE_NAME).is_file():
             detector._use_if_it_holds(Calibration.load(own))
         return detector
-
-    def calibrate(self, human_texts: Iterable[str], fpr: float = 0.01, **settings: Any) -> SpotDetector:
-        """Set thresholds from texts people wrote, in place; see :meth:`hf_lowbit.detect.Detector.calibrate`."""
-        super().calibrate(human_texts, fpr, **settings)
-        return self
 
     def _use_if_it_holds(self, calibration: Calibration) -> None:
         try:

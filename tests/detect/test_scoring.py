@@ -142,6 +142,9 @@ def test_settings_no_window_can_serve(letters, scorer):
     for window, skip in ((16, 4), (64, 0), (64, 32)):
         with pytest.raises(BadRequest, match=f"window={window}, skip={skip}"):
             Scorer(letters, scorer.tokenizer, window=window, skip=skip)
+    with pytest.raises(BadRequest, match="window=16, skip=4: a window needs 32 tokens or more, which the model must take"):
+        Scorer(type(letters)(places=16), scorer.tokenizer, window=64, skip=4)
+    assert Scorer(type(letters)(places=48), scorer.tokenizer, window=64, skip=4).window == 48
 
 
 @settings(max_examples=20)
