@@ -93,8 +93,8 @@ class Scorer:
         self.window = min([window, *(p for p in places if isinstance(p, int) and p > 0)])
         if self.window < 32 or not 1 <= skip < self.window // 2:
             raise BadRequest(
-                f"window={self.window}, skip={skip}: a window needs 32 tokens or more, which the model must take, and skip is 1 "
-                "to half of it."
+                f"window={self.window}, skip={skip}: a window needs 32 tokens or more, which the model must take, "
+                "and skip is 1 to half of it."
             )
         self.skip, self.limit = skip, limit
 
