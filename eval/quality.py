@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=130_000)
     parser.add_argument("--recipes", choices=RECIPES, default="data-free")
     parser.add_argument("--calibration", default=str(calibration_text()))
-    parser.add_argument("--only", default="", help="labels starting with one of these, between semicolons; adds to the result")
+    parser.add_argument("--only", default="", help="labels that begin so, with semicolons between; adds to the result")
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)

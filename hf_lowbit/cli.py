@@ -89,6 +89,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_count, metavar="N", help="torch threads; all cores unless given")
     bench.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
 
+    detect = _command(added, "detect", commands.run_detect, "say who wrote texts, a person or a language model, or abstain")
+    detect.add_argument("input", metavar="FILE|DIR|-", nargs="?", help="UTF-8 text, a directory of texts, or standard input")
+    _add_detector_options(detect)
+
     _command(added, "doctor", commands.run_doctor, "say what this machine has and what works here")
     return parser
 
@@ -122,6 +126,19 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--target-size", metavar="SIZE", help="total size to reach, such as 2GB")
     add("--seed", type=int)
     add("--strict", action="store_true", default=None, help="fail where a large matrix would stay in high precision")
+
+
+def _add_detector_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--detector", metavar="DIR", help="directory or Hub id of a causal LM, quantized or not (the embedded model)")
+    add("--observer", metavar="DIR", help="a second model of the same tokenizer, for the score binoculars")
+    add("--calibration", metavar="JSON", help="thresholds of this detector; the checkpoint's own unless given")
+    add("--score", metavar="NAME", help="the score verdicts rest on: spot, log_rank, fast_detectgpt, ... (fast_detectgpt)")
+    add("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", default="cpu")
+    add("--html", metavar="OUT", help="write a page with heat maps that works without any network")
+    add("--serve", action="store_true", help="open a local web page instead (pip install 'hf-lowbit[serve]')")
+    add("--port", type=_count, default=7860, help="of the web page (7860)")
 
 
 def _number(text: str) -> float | int:

@@ -213,6 +213,42 @@ def run_bench(args: argparse.Namespace) -> None:
         print(f"{out['fused_layers']} decoder layers run as one op each for up to 8 tokens (HF_LOWBIT_FUSED=0 turns it off)")
 
 
+def run_detect(args: argparse.Namespace) -> None:
+    """Verdicts on texts, or the web page."""
+    from hf_lowbit import demo
+    from hf_lowbit.detect import inputs, report
+    from hf_lowbit.detect.scores import DEFAULT, get_score
+    from hf_lowbit.plugin import checkpoint
+    from hf_lowbit.plugin.detector import SpotDetector
+
+    if bool(args.input) == args.serve:
+        raise BadRequest("give what to judge, a FILE, a directory or -, or --serve for the web page.")
+    if args.html and Path(args.html).exists() and not Path(args.html).is_file():
+        raise BadRequest(f"cannot write {args.html!r}: it is not a file.")
+    score = get_score(args.score or DEFAULT).name
+    files = [] if args.serve else inputs.find_inputs(args.input)  # refused before a model is loaded
+    checkpoint.show_progress(False)
+    detector = SpotDetector.from_pretrained(
+        args.detector or demo.embedded_model(),
+        observer=args.observer,
+        calibration=args.calibration,
+        score=score,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    if args.serve:
+        from hf_lowbit.detect import serve
+
+        return serve.run(detector, args.port, demo.example_texts())
+    with _progress_bar("texts", sys.stderr.isatty() and not args.json) as progress:
+        results = list(inputs.judge(detector, files, progress))
+    if args.html:
+        _write_text(args.html, report.page(results))
+    if args.json:
+        return _print_json([result.to_json() for result in results])
+    print("\n".join(line for result in results for line in report.lines(result)))
+
+
 def run_doctor(args: argparse.Namespace) -> None:
     """Versions, devices, registration, backends and methods."""
     from hf_lowbit.plugin import doctor
@@ -233,6 +269,13 @@ def _read_text(file: str, characters: int | None) -> str:
         raise BadRequest(f"cannot read {file!r}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise BadRequest(f"{file!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _write_text(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadRequest(f"cannot write {file!r}: {error.strerror or error}.") from error
 
 
 def _sizes(directory: str) -> dict[str, Any]:
