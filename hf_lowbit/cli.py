@@ -117,8 +117,22 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--sequences", type=_count, metavar="N", help="calibration windows (128)")
     add("--length", type=_count, metavar="TOKENS", help="tokens of a calibration window (512)")
     add("--option", action="append", type=_setting, metavar="KEY=VALUE", help="a setting of the method's own (see doctor)")
-    add("--transform", action="append", dest="transforms", metavar="T", help="rewrite the model first")
-    add("--activation-bits", type=int, metavar="N")
+    add(
+        "--transform",
+        action="append",
+        type=_transform,
+        dest="transforms",
+        metavar="T[:KEY=VALUE]",
+        help="rewrite the model first (see doctor)",
+    )
+    add("--activation-bits", type=_number, metavar="N", help="round the inputs of matrices to N bits, 2 to 8")
+    add(
+        "--activation",
+        action="append",
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="how: per=token|tensor|group, static=true, symmetric=true, group_size=N",
+    )
     add("--target-size", metavar="SIZE", help="total size to reach, such as 2GB")
     add("--seed", type=int)
     add("--strict", action="store_true", default=None, help="fail where a large matrix would stay in high precision")
@@ -143,6 +157,11 @@ def _override(text: str) -> tuple[str, dict[str, Any]]:
     if not (pattern and re.fullmatch("[^=]+=.+", setting)):
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN:KEY=VALUE, such as down_proj:bits=6")
     return pattern, _setting(setting)
+
+
+def _transform(text: str) -> Any:
+    name, *settings = text.split(":")
+    return {"name": name, **{key: value for one in settings for key, value in _setting(one).items()}} if settings else name
 
 
 def _setting(text: str) -> dict[str, Any]:

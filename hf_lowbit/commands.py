@@ -57,6 +57,11 @@ def config_from(args: argparse.Namespace) -> Any:
         )
     if sizes:
         settings["calibration"] = {"source": args.calibration} | sizes
+    if args.activation:
+        if args.activation_bits is None:
+            raise BadRequest("--activation says how activations are rounded; give --activation-bits N too.")
+        shape = {key: value for setting in args.activation for key, value in setting.items()}
+        settings["activation_bits"] = {"bits": args.activation_bits} | shape
     options = {key: value for option in args.option or [] for key, value in option.items()}
     return LowBitConfig(overrides=overrides, options=options, **settings)
 

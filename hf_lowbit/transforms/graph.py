@@ -73,6 +73,7 @@ class Site:
         trouble: why it cannot be folded; None where it can.
         width: channels of a head, where the site is the output of attention.
         source: its number in the trace.
+        norm: the norm that makes it, whether it can be folded or not.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Site:
     trouble: str | None
     width: int = 0
     source: int = -1
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,7 @@ def _site(trace: Trace, number: int, source: Source) -> Site:
         producer, trouble = (found, None) if isinstance(found, Producer) else (None, found)
     if any(producer is not None and producer.weight == reader.weight for reader in readers):
         producer, trouble = None, "the same matrix makes and reads it"
-    return Site(name, source.kind, source.size, readers, producer, trouble, source.width, number)
+    return Site(name, source.kind, source.size, readers, producer, trouble, source.width, number, source.norm)
 
 
 def _unread(trace: Trace, source: Source, reads: Sequence[Read], number: int) -> str | None:
