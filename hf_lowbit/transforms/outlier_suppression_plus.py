@@ -25,7 +25,7 @@ FLOOR = 0.02
     kind="scale",
     needs="rounding",
     summary="channels centred, and those beyond a searched threshold shrunk to it",
-    options={"grid": 20, "shift": True},
+    options={"grid": 16, "shift": True},
 )
 def outlier_suppression_plus(bench: Bench, options: Mapping[str, Any]) -> None:
     """Shift and scale every site."""
@@ -55,16 +55,15 @@ def search(
         offset: what centring subtracts, ``[size]``.
         grid: thresholds tried, evenly spaced on a logarithmic scale.
     """
-    loss, ones = site_loss(bench, site, sample), torch.ones(site.size)
-    plain, moved = loss(ones, None), loss(ones, offset) if bool(offset.any()) else float("inf")
-    centred = moved < plain
-    shift = offset if centred else torch.zeros(site.size)
-    reach = torch.maximum(high - shift, shift - low)
-    top, best, chosen = float(reach.max()), min(plain, moved), None
-    for number in range(1, grid + 1):
-        threshold = top * FLOOR ** (number / grid)
-        factor = shared(site, (reach / threshold).clamp_min(1.0))
-        found = loss(factor, shift if centred else None)
-        if found < best:
-            best, chosen = found, factor
-    return chosen, centred
+    loss, best = site_loss(bench, site, sample), float("inf")
+    chosen: tuple[Tensor | None, bool] = (None, False)
+    for centred in (False, True) if bool(offset.any()) else (False,):
+        shift = offset if centred else torch.zeros(site.size)
+        reach = torch.maximum(high - shift, shift - low)
+        for number in range(grid + 1):
+            threshold = float(reach.max()) * FLOOR ** (number / grid)
+            factor = shared(site, (reach / threshold).clamp_min(1.0))
+            found = loss(factor, shift if centred else None)
+            if found < best:
+                best, chosen = found, (factor if number else None, centred)
+    return chosen

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lowbit.errors import FormatError
-from hf_lowbit.format.activations import PER, ActivationLayout, Activations, ActivationSpec, numbers, pattern, step_and_zero
+from hf_lowbit.format.activations import ActivationLayout, Activations, ActivationSpec, numbers, pattern, step_and_zero
 from hf_lowbit.format.hadamard import factor_of, rotate, unrotate
 
 

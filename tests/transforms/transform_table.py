@@ -15,12 +15,14 @@ class Row:
         families: models of tests/plugin/families.py it has something to do in.
         activations: how they are rounded.
         settings: its own, chosen small.
+        exact: whether the function stays; else it changes by little.
     """
 
     name: str
     families: tuple[str, ...]
     activations: Any = 8
     settings: dict[str, Any] = field(default_factory=dict)
+    exact: bool = True
 
     @property
     def asked(self) -> Any:
@@ -36,6 +38,8 @@ ROWS = [
     Row("awq", ("llama", "gpt2"), settings={"grid": 3}),
     Row("outlier_suppression_plus", ("llama", "opt", "gpt2"), settings={"grid": 3}),
     Row("hadamard", (*MOST, "gemma2", "bloom")),
+    Row("resq", ("llama", "qwen2-moe", "gemma2", "opt")),
+    Row("qllm", ("llama", "gpt2"), 4, settings={"rank": 2, "steps": 3}, exact=False),
     Row("token_wise_clipping", ("llama",), STATIC),
 ]
 CASES = [(row, family) for row in ROWS for family in row.families]
