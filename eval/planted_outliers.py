@@ -53,7 +53,7 @@ def plant(model: nn.Module, ids: Tensor, share: float, seed: int) -> dict[str, i
     Args:
         ids: tokens ``[1, n]`` to measure the size of attention's output on.
     """
-    draw, weights = torch.Generator().manual_seed(seed), Weights.of(model)
+    draw = torch.Generator().manual_seed(seed)
     with_biases(model)
     weights, graph = Weights.of(model), graph_of(model)
     size = graph.residual.size
@@ -66,7 +66,7 @@ def plant(model: nn.Module, ids: Tensor, share: float, seed: int) -> dict[str, i
     model(input_ids=ids)
     for handle in handles:
         handle.remove()
-    heads = 0
+    heads = shifted = 0
     for site in graph.sites:
         if site.producer is None:
             continue
@@ -80,9 +80,10 @@ def plant(model: nn.Module, ids: Tensor, share: float, seed: int) -> dict[str, i
             values = torch.randperm(site.producer.size, generator=draw)[: max(1, round(share * site.producer.size))]
             signs = torch.randint(0, 2, (len(values),), generator=draw).double() * 2 - 1
             own[values] = SHIFT * signs * seen[heads].double().std()
+            shifted = len(values)
             heads += 1
             Shift(site, own[site.producer.channels]).apply(weights)
-    return {"residual_channels": len(chosen), "value_channels_per_layer": max(1, round(share * site.producer.size))}
+    return {"residual_channels": len(chosen), "value_channels_per_layer": shifted}
 
 
 @torch.no_grad()

@@ -68,6 +68,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = _command(added, "inspect", commands.run_inspect, "check a quantized checkpoint and count its bytes")
     inspect.add_argument("directory", metavar="DIR")
+    inspect.add_argument(
+        "--outliers",
+        action="store_true",
+        help="show where outliers sit instead, in any model: largest value of each input channel and column",
+    )
+    inspect.add_argument("--text", metavar="FILE", help="UTF-8 text to run through the model for that (the embedded one)")
+    inspect.add_argument(
+        "--transform",
+        action="append",
+        type=_transform,
+        dest="transforms",
+        metavar="T[:KEY=VALUE]",
+        help="show what the transform leaves of them, too",
+    )
+    inspect.add_argument("--activation-bits", type=_number, metavar="N", help="for transforms that are fitted to rounding")
+    inspect.add_argument("--plot", metavar="FILE", help="draw every channel of every layer (.png, .svg, .pdf or .html)")
 
     evaluate = _command(added, "eval", commands.run_eval, "perplexity of a model, and its divergence from a reference")
     evaluate.add_argument("directory", metavar="DIR", help="directory or Hub id of the model, quantized or not")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,6 @@ from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.experts import is_experts
 from hf_lowbit.plugin.modules import ActivationQuantizer
 from hf_lowbit.plugin.targets import Targets, ends_of, tied_head, untie_record
-from hf_lowbit.solvers import solve
 from hf_lowbit.transforms import Bench, Graph, Site, SiteInputs, find_graph
 from hf_lowbit.transforms.algebra import Weights
 from hf_lowbit.transforms.intake import Intakes
@@ -61,7 +60,7 @@ class ModelBench(Bench):
     Attributes:
         model: dense, float32.
         windows: int64 ``[n, T]``; None without calibration.
-        matrix: how matrices are rounded while scales are searched.
+        matrix: width and grouping of the matrices.
     """
 
     model: Any = None
@@ -76,8 +75,14 @@ class ModelBench(Bench):
         return self._seen.get(site.source)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """A matrix ``[out, in]`` rounded to nearest at the width and grouping asked for."""
-        return solve(weight, self.matrix).dequantize()
+        """A matrix ``[out, in]`` rounded to nearest at the width and grouping asked for, with scales that just reach.
+
+        What method ``rtn`` does, but for the rounding of scales; thirty times faster, and searches round a lot.
+        """
+        top, size = max(1, (1 << (self.matrix.bits - 1)) - 1), self.matrix.groups_of(weight.shape[1])
+        padded = nn.functional.pad(weight, (0, -weight.shape[1] % size)).unflatten(1, (-1, size))
+        scale = padded.abs().amax(-1, keepdim=True).clamp_min(1e-30) / top
+        return ((padded / scale).round() * scale).flatten(1)[:, : weight.shape[1]]
 
     def forget(self) -> None:
         """Drop what calibration saw: the model has changed."""
@@ -120,11 +125,10 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
     _check_tokens(asked, windows)
     done = Rewriting(dtype=model.dtype)
     _to_dtype(model, torch.float32)
-    matrix = replace(config.spec(), method="rtn", levels=None, outliers=0.0, residual_terms=1, options={})
     low_bit = {name for name, kind in targets.chosen.items() if kind == "linear"}
     bench = done.bench = ModelBench(
         graph_of(model), Weights.of(model), low_bit, config.activation_spec(), config.seed, done.intakes,
-        model=model, windows=windows, matrix=matrix,
+        model=model, windows=windows, matrix=config.spec(),
     )  # fmt: skip
     for entry, settings in asked:
         if entry.kind == "range":
