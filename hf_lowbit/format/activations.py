@@ -157,7 +157,8 @@ class Activations:
     def __call__(self, x: Tensor) -> Tensor:
         """What reaches the matrix for inputs ``[.., in]``, in their dtype; rounded as it would be on integer hardware."""
         y = self.rewritten(x.float())
-        y = y if self.layout.spec is None else self.rounded(y)
+        if self.layout.spec is not None:  # gradients pass as if nothing were rounded
+            y = y + (self.rounded(y) - y).detach() if y.requires_grad else self.rounded(y)
         if self.layout.shifted:
             y = y + self._turned(numbers(self.tensors["shift"]).to(y))
         return y.to(x.dtype)

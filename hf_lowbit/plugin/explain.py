@@ -110,7 +110,10 @@ def explain(model: PreTrainedModel, strict: bool = False) -> Explanation:
 
 def _inputs_of(module: Any) -> str:
     quantizer = getattr(module, "activation", None)
-    return "" if quantizer is None else describe(quantizer.layout)
+    if quantizer is None:
+        return ""
+    reason = module.simulated
+    return f"{describe(quantizer.layout)}; " + ("multiplied in whole numbers" if reason is None else f"simulated: {reason}")
 
 
 def _model_weights(model: PreTrainedModel) -> tuple[int, int]:

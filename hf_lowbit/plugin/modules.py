@@ -8,7 +8,7 @@ which is where the loader looks; :meth:`LowBitModule.install` replaces it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from hf_lowbit.format.activations import ActivationLayout, Activations
 from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.serialize import field_name
 from hf_lowbit.format.tensor import LowBitTensor
-from hf_lowbit.kernels import Choice, cpu, select
+from hf_lowbit.kernels import Choice, cpu, integer, reference, select
 
 
 class LowBitModule(nn.Module):
@@ -120,8 +120,8 @@ def describe(layout: ActivationLayout) -> str:
 class LowBitLinear(LowBitModule):
     """``y = x W^T + b`` with a low-bit ``W`` ``[out_features, in_features]`` and a bias in high precision.
 
-    With an :class:`ActivationQuantizer` in ``activation``, inputs are rewritten and rounded first, and the product is exact,
-    so that it is what integer hardware would give.
+    With an :class:`ActivationQuantizer` in ``activation``, inputs are rewritten and rounded first. The product is then of whole
+    numbers where both sides allow it (``hf_lowbit.kernels.integer``), else an exact float one, which gives the same.
 
     Args:
         in_features, out_features: as of ``nn.Linear``.
@@ -148,10 +148,23 @@ class LowBitLinear(LowBitModule):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         backend, prepared = self.prepared()
+        if isinstance(prepared, integer.IntegerMatrix):
+            if not (torch.is_grad_enabled() and x.requires_grad):
+                return prepared.linear(x, cast("Tensor | None", self.bias))
+            backend, prepared = reference.REFERENCE, reference.stored(prepared.record)
         x = x if self.activation is None else self.activation(x)
         return backend.linear(x, prepared) if self.bias is None else backend.linear(x, prepared, self.bias)
 
+    @property
+    def simulated(self) -> str | None:
+        """Why rounded inputs are not multiplied in whole numbers, or None where they are."""
+        if self.activation is None:
+            return "its inputs are not rounded"
+        return integer.unfit(self.lowbit(), self.activation.layout)
+
     def _prepare(self, backend: Any, parameter: str) -> Any:
+        if self.activation is not None and self.simulated is None:
+            return integer.integer_matrix(self.lowbit(), self.activation.activations)
         prepared = super()._prepare(backend, parameter)
         if self.activation is not None and isinstance(prepared, cpu.Prepared):
             return prepared._replace(auto=cpu.EXACT)  # the kernel must not round again what was rounded here
