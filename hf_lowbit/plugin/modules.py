@@ -120,8 +120,8 @@ def describe(layout: ActivationLayout) -> str:
 class LowBitLinear(LowBitModule):
     """``y = x W^T + b`` with a low-bit ``W`` ``[out_features, in_features]`` and a bias in high precision.
 
-    With an :class:`ActivationQuantizer` in ``activation``, inputs are rewritten and rounded first. The product is then of whole
-    numbers where both sides allow it (``hf_lowbit.kernels.integer``), else an exact float one, which gives the same.
+    With an :class:`ActivationQuantizer` in ``activation``, inputs are rewritten and rounded first. The product is then of
+    whole numbers where both sides allow it (``hf_lowbit.kernels.integer``), else an exact float one, which gives the same.
 
     Args:
         in_features, out_features: as of ``nn.Linear``.

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from hf_lowbit.errors import LowBitError
 from hf_lowbit.format.activations import Activations, step_and_zero
+from hf_lowbit.kernels import integer
 from hf_lowbit.plugin.config import LowBitConfig
-from hf_lowbit.plugin.modules import ActivationQuantizer
+from hf_lowbit.plugin.modules import ActivationQuantizer, LowBitLinear
 from hf_lowbit.transforms import Extremes, RangeBench
 
 TOKENS_PER_PASS = 2048
@@ -57,11 +58,15 @@ def find_ranges(model: nn.Module, windows: Tensor, config: LowBitConfig) -> None
     """
     spec = config.activation_spec()
     assert spec is not None
-    bench = ModelRanges(look(model, windows), spec.bits, model=model, windows=windows)
-    bench.set({name: (seen.low.amin(0), seen.high.amax(0)) for name, seen in bench.extremes.items()})
-    for entry, settings in config.parsed_transforms():
-        if entry.kind == "range":
-            entry.run(bench, settings)
+    with integer.simulated():  # steps are still moving, and a layer prepared for whole numbers holds its own
+        bench = ModelRanges(look(model, windows), spec.bits, model=model, windows=windows)
+        bench.set({name: (seen.low.amin(0), seen.high.amax(0)) for name, seen in bench.extremes.items()})
+        for entry, settings in config.parsed_transforms():
+            if entry.kind == "range":
+                entry.run(bench, settings)
+    for module in model.modules():
+        if isinstance(module, LowBitLinear):
+            module.__dict__.pop("_prepared", None)
 
 
 @torch.no_grad()

@@ -168,3 +168,21 @@ def test_a_tied_head_is_given_its_own_table_and_that_is_said(caplog):
     quantize(model, LowBitConfig(method="rtn", bits=8, transforms=["hadamard"]))
     assert not model.config.tie_word_embeddings
     assert "the head gets its own, 65,536 bytes more" in caplog.text
+
+
+@torch.no_grad()
+def test_static_ranges_are_those_of_the_calibration_text():
+    spec = {"bits": 8, "per": "tensor", "static": True}
+    settings = {"method": "rtn", "bits": 8, "group_size": -1, "scale_bits": 16, "activation_bits": spec}
+    low = quantize(uneven("llama"), LowBitConfig(**settings, calibration=WINDOWS))
+    module = low.model.layers[0].self_attn.q_proj
+    assert module.simulated is None  # so that the steps in force must be those that were found, not what preparing saw
+    seen: list[torch.Tensor] = []
+    dense = uneven("llama")
+    dense.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dense(WINDOWS)
+    step = (seen[0].max() - seen[0].min()) / 255
+    torch.testing.assert_close(module.activation.step.view(torch.float32), step[None], rtol=1e-4, atol=0)
+    assert torch.equal(module.prepared()[1].parts[0].steps[0], module.activation.step.view(torch.float32))
+    expected = dense(IDS).logits
+    assert (low(IDS).logits - expected).norm() / expected.norm() < 0.06
