@@ -68,6 +68,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = _command(added, "inspect", commands.run_inspect, "check a quantized checkpoint and count its bytes")
     inspect.add_argument("directory", metavar="DIR")
+    inspect.add_argument(
+        "--outliers",
+        action="store_true",
+        help="show where outliers sit instead, in any model: largest value of each input channel and column",
+    )
+    inspect.add_argument("--text", metavar="FILE", help="UTF-8 text to run through the model for that (the embedded one)")
+    inspect.add_argument(
+        "--transform",
+        action="append",
+        type=_transform,
+        dest="transforms",
+        metavar="T[:KEY=VALUE]",
+        help="show what the transform leaves of them, too",
+    )
+    inspect.add_argument("--activation-bits", type=_number, metavar="N", help="for transforms that are fitted to rounding")
+    inspect.add_argument("--plot", metavar="FILE", help="draw every channel of every layer (.png, .svg, .pdf or .html)")
 
     evaluate = _command(added, "eval", commands.run_eval, "perplexity of a model, and its divergence from a reference")
     evaluate.add_argument("directory", metavar="DIR", help="directory or Hub id of the model, quantized or not")
@@ -121,8 +137,22 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--sequences", type=_count, metavar="N", help="calibration windows (128)")
     add("--length", type=_count, metavar="TOKENS", help="tokens of a calibration window (512)")
     add("--option", action="append", type=_setting, metavar="KEY=VALUE", help="a setting of the method's own (see doctor)")
-    add("--transform", action="append", dest="transforms", metavar="T", help="rewrite the model first")
-    add("--activation-bits", type=int, metavar="N")
+    add(
+        "--transform",
+        action="append",
+        type=_transform,
+        dest="transforms",
+        metavar="T[:KEY=VALUE]",
+        help="rewrite the model first (see doctor)",
+    )
+    add("--activation-bits", type=_number, metavar="N", help="round the inputs of matrices to N bits, 2 to 8")
+    add(
+        "--activation",
+        action="append",
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="how: per=token|tensor|group, static=true, symmetric=true, group_size=N",
+    )
     add("--target-size", metavar="SIZE", help="total size to reach, such as 2GB")
     add("--seed", type=int)
     add("--strict", action="store_true", default=None, help="fail where a large matrix would stay in high precision")
@@ -160,6 +190,11 @@ def _override(text: str) -> tuple[str, dict[str, Any]]:
     if not (pattern and re.fullmatch("[^=]+=.+", setting)):
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN:KEY=VALUE, such as down_proj:bits=6")
     return pattern, _setting(setting)
+
+
+def _transform(text: str) -> Any:
+    name, *settings = text.split(":")
+    return {"name": name, **{key: value for one in settings for key, value in _setting(one).items()}} if settings else name
 
 
 def _setting(text: str) -> dict[str, Any]:

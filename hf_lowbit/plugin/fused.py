@@ -86,6 +86,8 @@ def unfit(layer: Any) -> str | None:
     for name, module in zip(PROJECTIONS, parts, strict=False):
         if not isinstance(module, LowBitLinear) or "weight" not in getattr(module, "layouts", {}):
             return f"{name} is in high precision"
+        if module.activation is not None:
+            return f"{name} rewrites or rounds its inputs"
         if module.choice().backend.name != cpu.Cpu.name:
             return f"{name} does not run on the CPU kernels"
     attention = layer.self_attn
