@@ -12,17 +12,19 @@ from hf_lowbit._version import __version__
 from hf_lowbit.autoload import autoload
 
 if TYPE_CHECKING:
+    from hf_lowbit.kv import LowBitCache
     from hf_lowbit.plugin import LowBitConfig, LowBitLinear, explain, quantize
 
-_PLUGIN_NAMES = ("LowBitConfig", "LowBitLinear", "explain", "quantize")
-__all__ = ["LowBitConfig", "LowBitLinear", "__version__", "explain", "quantize"]
+_PLACES = {name: "hf_lowbit.plugin" for name in ("LowBitConfig", "LowBitLinear", "explain", "quantize")}
+_PLACES["LowBitCache"] = "hf_lowbit.kv"
+__all__ = ["LowBitCache", "LowBitConfig", "LowBitLinear", "__version__", "explain", "quantize"]
 
 autoload()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLUGIN_NAMES:
-        return getattr(importlib.import_module("hf_lowbit.plugin"), name)
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module 'hf_lowbit' has no attribute {name!r}")
 
 

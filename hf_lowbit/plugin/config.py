@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_lowbit.errors import BadRequest, unknown_name
 from hf_lowbit.format.serialize import FORMAT_VERSION, check_version
 from hf_lowbit.format.spec import Spec
+from hf_lowbit.kv.settings import CacheSettings
 from hf_lowbit.solvers import get_solver
 from hf_lowbit.solvers.registry import check_options
 
@@ -26,7 +27,6 @@ EMBEDDING_BITS = 6
 _LATER = {
     "transforms": "outlier migration and rotations are",
     "activation_bits": "activation quantization is",
-    "kv_cache": "the mixed-precision KV cache is",
     "target_size": "the bit allocator is",
 }
 
@@ -52,7 +52,9 @@ class LowBitConfig(QuantizationConfigMixin):
         calibration: what calibrated methods are to run on: a text or JSON-lines file, the name of a data set, a list of
             texts, token windows, or a mapping with one of these as ``source`` and ``sequences``, ``length``, ``column``, ...
             A saved checkpoint carries where its calibration came from instead.
-        transforms, activation_bits, kv_cache, target_size: reserved; any value but the default is refused.
+        kv_cache: settings of :class:`~hf_lowbit.LowBitCache` by name (``{"low_bits": 2, "important": 0.2}``), which
+            ``generate`` then uses by default; ``{}`` takes its defaults, None leaves the host's cache.
+        transforms, activation_bits, target_size: reserved; any value but the default is refused.
 
     Raises:
         BadRequest: an unknown name (with the nearest one), or a value out of range.
@@ -86,7 +88,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self.format_version = unknown.pop("format_version", FORMAT_VERSION)
         check_version(self.format_version, "quantization_config")
         later: dict[str, Any] = {"transforms": transforms, "activation_bits": activation_bits}
-        later |= {"kv_cache": kv_cache, "target_size": target_size}
+        later["target_size"] = target_size
         for name, value in later.items():
             if value is not None and value != () and value != []:
                 raise BadRequest(f"{name}={value!r}: {_LATER[name]} not part of this release; leave {name} out.")
@@ -95,6 +97,7 @@ class LowBitConfig(QuantizationConfigMixin):
                 *SPEC_KEYS,
                 *_LATER,
                 "calibration",
+                "kv_cache",
                 "overrides",
                 "modules_to_not_convert",
                 "quantize_embeddings",
@@ -108,6 +111,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self.scale_bits, self.outliers, self.residual_terms, self.seed = scale_bits, outliers, residual_terms, seed
         self.options = dict(_typed("options", options or {}, Mapping, "a mapping of names to values"))
         self.calibration = calibration
+        self.kv_cache = None if kv_cache is None else dict(_typed("kv_cache", kv_cache, Mapping, "a mapping of settings"))
         self.overrides = copy.deepcopy(dict(_typed("overrides", overrides or {}, Mapping, "a mapping of patterns")))
         for change in self.overrides.values():
             _typed("overrides", change, Mapping, "a mapping of patterns to mappings of settings")
@@ -124,6 +128,8 @@ class LowBitConfig(QuantizationConfigMixin):
             check_options(AUTO, AUTO_OPTIONS, self.options)
         for spec in self.specs():
             get_solver(spec)
+        if self.kv_cache is not None:
+            self.kv_cache = CacheSettings.from_json(self.kv_cache).to_json()
 
     def specs(self) -> list[Spec]:
         """The config's own spec, and what each override makes of it."""
