@@ -43,10 +43,7 @@ def greedy(model: Any, ids: Tensor) -> list[list[int]]:
 def first_difference(ours: list[list[int]], theirs: list[list[int]]) -> int | None:
     """Position of the earliest differing token over all prompts, or None."""
     places = [
-        place
-        for one, other in zip(ours, theirs, strict=True)
-        for place in range(NEW_TOKENS)
-        if one[place] != other[place]
+        place for one, other in zip(ours, theirs, strict=True) for place in range(NEW_TOKENS) if one[place] != other[place]
     ]
     return min(places) if places else None
 

@@ -12,12 +12,13 @@ from hf_lowbit._version import __version__
 from hf_lowbit.autoload import autoload
 
 if TYPE_CHECKING:
+    from hf_lowbit.kv import LowBitCache
     from hf_lowbit.plugin import LowBitConfig, LowBitLinear, explain, quantize
     from hf_lowbit.plugin.detector import SpotDetector
 
 _HOMES = dict.fromkeys(("LowBitConfig", "LowBitLinear", "explain", "quantize"), "hf_lowbit.plugin")
-_HOMES["SpotDetector"] = "hf_lowbit.plugin.detector"
-__all__ = ["LowBitConfig", "LowBitLinear", "SpotDetector", "__version__", "explain", "quantize"]
+_HOMES |= {"LowBitCache": "hf_lowbit.kv", "SpotDetector": "hf_lowbit.plugin.detector"}
+__all__ = ["LowBitCache", "LowBitConfig", "LowBitLinear", "SpotDetector", "__version__", "explain", "quantize"]
 
 autoload()
 

@@ -13,6 +13,7 @@ from hf_lowbit.errors import BadRequest, unknown_name
 from hf_lowbit.format.activations import ActivationSpec
 from hf_lowbit.format.serialize import FORMAT_VERSION, PLAIN_VERSION, check_version
 from hf_lowbit.format.spec import Spec
+from hf_lowbit.kv.settings import CacheSettings
 from hf_lowbit.solvers import get_solver
 from hf_lowbit.solvers.registry import check_options
 from hf_lowbit.transforms import Transform, parse_transforms
@@ -26,7 +27,6 @@ SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers",
 # share is 0.0006 (eval/results/quality_books4m.json).
 EMBEDDING_BITS = 6
 _LATER = {
-    "kv_cache": "the mixed-precision KV cache is",
     "target_size": "the bit allocator is",
 }
 
@@ -56,7 +56,9 @@ class LowBitConfig(QuantizationConfigMixin):
             and settings.
         activation_bits: bits the inputs of matrices inside blocks are rounded to, one step per token found as they come;
             or a mapping of ``bits``, ``per`` (``token``, ``tensor``, ``group``), ``static``, ``symmetric``, ``group_size``.
-        kv_cache, target_size: reserved; any value but the default is refused.
+        kv_cache: settings of :class:`~hf_lowbit.LowBitCache` by name (``{"low_bits": 2, "important": 0.2}``), which
+            ``generate`` then uses by default; ``{}`` takes its defaults, None leaves the host's cache.
+        target_size: reserved; any value but the default is refused.
 
     Raises:
         BadRequest: an unknown name (with the nearest one), or a value out of range.
@@ -90,7 +92,7 @@ class LowBitConfig(QuantizationConfigMixin):
         wanted = FORMAT_VERSION if transforms or activation_bits is not None else PLAIN_VERSION
         self.format_version = unknown.pop("format_version", wanted)
         check_version(self.format_version, "quantization_config")
-        later: dict[str, Any] = {"kv_cache": kv_cache, "target_size": target_size}
+        later: dict[str, Any] = {"target_size": target_size}
         for name, value in later.items():
             if value is not None and value != () and value != []:
                 raise BadRequest(f"{name}={value!r}: {_LATER[name]} not part of this release; leave {name} out.")
@@ -101,6 +103,7 @@ class LowBitConfig(QuantizationConfigMixin):
                 "transforms",
                 "activation_bits",
                 "calibration",
+                "kv_cache",
                 "overrides",
                 "modules_to_not_convert",
                 "quantize_embeddings",
@@ -116,6 +119,7 @@ class LowBitConfig(QuantizationConfigMixin):
         self.calibration = calibration
         self.transforms = list(_typed("transforms", transforms or [], (list, tuple), "a list of names"))
         self.activation_bits = activation_bits
+        self.kv_cache = None if kv_cache is None else dict(_typed("kv_cache", kv_cache, Mapping, "a mapping of settings"))
         self.overrides = copy.deepcopy(dict(_typed("overrides", overrides or {}, Mapping, "a mapping of patterns")))
         for change in self.overrides.values():
             _typed("overrides", change, Mapping, "a mapping of patterns to mappings of settings")
@@ -132,6 +136,8 @@ class LowBitConfig(QuantizationConfigMixin):
             check_options(AUTO, AUTO_OPTIONS, self.options)
         for spec in self.specs():
             get_solver(spec)
+        if self.kv_cache is not None:
+            self.kv_cache = CacheSettings.from_json(self.kv_cache).to_json()
         rounding = self.activation_spec()
         for entry, _ in self.parsed_transforms():
             if entry.needs == "rounding" and rounding is None:

@@ -38,6 +38,7 @@ from hf_lowbit.plugin.compress import (
     with_provenance,
 )
 from hf_lowbit.plugin.config import LowBitConfig
+from hf_lowbit.plugin.default_cache import HOOK, use_low_bit_cache
 from hf_lowbit.plugin.experts import LowBitExperts, to_dense
 from hf_lowbit.plugin.fused import fuse
 from hf_lowbit.plugin.hub import give_card
@@ -136,6 +137,7 @@ class LowBitQuantizer(HfQuantizer):
                 module.__dict__.pop(parameter, None)
         prepare(model)
         fuse(model)
+        use_low_bit_cache(model, self.quantization_config.kv_cache)
         # Saved names are module names: the host's renamings on save would miss the header's record.
         model._weight_conversions = []
         give_card(model)
@@ -318,7 +320,7 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tied = True
     if tied:
         retie_record(model)
-    for name in ("push_to_hub", "_weight_conversions"):
+    for name in ("push_to_hub", "_weight_conversions", HOOK):
         model.__dict__.pop(name, None)
 
 

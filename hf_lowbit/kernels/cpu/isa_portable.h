@@ -72,14 +72,18 @@ struct Isa {
     }
     static Ints start(int32_t) { return Ints{}; }
     template <int BIAS>
-    static Ints dot(const Ints& sum, const Bytes& level, const int8_t* x) {
+    static Ints dot(const Ints& sum, const Bytes& level, const Bytes& x) {
         Ints out;
         for (int i = 0; i < 16; ++i) {
             int32_t total = sum.v[i];
-            for (int k = 4 * i; k < 4 * i + 4; ++k) total += int(int8_t(level.v[k])) * int(x[k - 4 * i]);
+            for (int k = 4 * i; k < 4 * i + 4; ++k) total += int(int8_t(level.v[k])) * int(int8_t(x.v[k]));
             out.v[i] = total;
         }
         return out;
+    }
+    template <int BIAS>
+    static Ints dot_quad(const Ints& sum, const Bytes& level, const int8_t* x) {
+        return dot<BIAS>(sum, level, each<Bytes>([&](int i) { return uint8_t(x[i & 3]); }));
     }
     static Ints plus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] + b.v[i]; }); }
     static Ints minus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] - b.v[i]; }); }
