@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 RESAMPLES = 400
+FEWEST_BLOCKS = 4
 # Tokens of a text kept one by one for the heat map, unless asked otherwise.
 KEEP = 4096
 
@@ -171,9 +172,11 @@ def _value(score: Score, means: Means) -> float:
     return float(score.compute(means))
 
 
-def _interval(sums: TextSums, score: Score) -> tuple[float, float]:
-    """95 % block bootstrap interval."""
+def _interval(sums: TextSums, score: Score) -> tuple[float, float] | None:
+    """95 % block bootstrap interval; None of a text too short to tell how much its parts differ."""
     blocks = len(sums.sums)
+    if blocks < FEWEST_BLOCKS:
+        return None
     drawn = np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES)
     counts = np.maximum(drawn @ sums.counts, 1)
     low, high = np.percentile(score.compute(Means(drawn @ sums.sums / counts[:, None])), [2.5, 97.5])

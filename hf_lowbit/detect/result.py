@@ -35,6 +35,7 @@ class Detection:
         p_value: share of people's texts of this length that score at least as machine-like, counting this one; None without
             a calibration that covers the text. Never below 1 / (human texts + 1).
         interval: where the score would lie in 95 of 100 texts of the same kind and length; a block bootstrap over tokens.
+            None of a text of a few blocks.
         threshold: the value at which the verdict turns to ``machine``, in the units of the score.
         fpr: of people's texts, the share that a verdict of ``machine`` is allowed to hit.
         tokens: in the text, as far as it was read.

@@ -81,7 +81,7 @@ def get_score(name: str) -> Score:
 
 def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     """Quotient that stays finite where a text is predicted perfectly and both ends vanish."""
-    return above / np.maximum(below, 1e-9)
+    return above / np.maximum(below, 1e-3)
 
 
 @score("spot", "SPOT originality", -1)

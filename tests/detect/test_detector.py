@@ -87,6 +87,8 @@ def test_shorter_than_the_calibration_abstains(spot, written):
     assert short and long
     assert all(found.verdict == "abstain" and "the calibration starts at 60" in found.reason for found in short)
     assert all(found.verdict == "machine" for found in long)
+    assert [found.interval for found in short if found.scored < 40] and long[-1].interval
+    assert all(found.interval is None for found in short if found.scored < 40)  # too few blocks to resample
 
 
 def test_without_a_calibration_there_are_scores_only(spot, written):
