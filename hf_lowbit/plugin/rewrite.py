@@ -84,6 +84,11 @@ class ModelBench(Bench):
         scale = padded.abs().amax(-1, keepdim=True).clamp_min(1e-30) / top
         return ((padded / scale).round() * scale).flatten(1)[:, : weight.shape[1]]
 
+    @property
+    def looked(self) -> bool:
+        """Whether calibration was drawn upon since the model last changed."""
+        return bool(self._seen)
+
     def forget(self) -> None:
         """Drop what calibration saw: the model has changed."""
         self._seen = {}
@@ -126,7 +131,7 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
     done = Rewriting(dtype=model.dtype)
     _to_dtype(model, torch.float32)
     low_bit = {name for name, kind in targets.chosen.items() if kind == "linear"}
-    bench = done.bench = ModelBench(
+    done.bench = bench = ModelBench(
         graph_of(model), Weights.of(model), low_bit, config.activation_spec(), config.seed, done.intakes,
         model=model, windows=windows, matrix=config.spec(),
     )  # fmt: skip
@@ -137,7 +142,9 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
         bench.forget()
         with torch.no_grad():
             entry.run(bench, settings)
-        if len(bench.steps) == count:
+        if (
+            len(bench.steps) == count and not bench.looked
+        ):  # with calibration text it may have found every site fine as it is
             reasons = "; ".join(f"{site}: {why}" for site, why in [*bench.skipped, *bench.graph.report()][:3])
             raise BadRequest(f"transform {entry.name!r} found nothing it can do in {type(model).__name__} ({reasons}).")
         done.steps += [{"transform": entry.name, **step.describe()} for step in bench.steps[count:]]

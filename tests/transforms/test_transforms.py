@@ -173,7 +173,14 @@ def test_a_tied_head_is_given_its_own_table_and_that_is_said(caplog):
 @torch.no_grad()
 def test_static_ranges_are_those_of_the_calibration_text():
     spec = {"bits": 8, "per": "tensor", "static": True}
-    settings = {"method": "rtn", "bits": 8, "group_size": -1, "scale_bits": 16, "activation_bits": spec}
+    settings = {
+        "method": "rtn",
+        "bits": 8,
+        "group_size": -1,
+        "scale_bits": 16,
+        "activation_bits": spec,
+        "quantize_embeddings": False,
+    }
     low = quantize(uneven("llama"), LowBitConfig(**settings, calibration=WINDOWS))
     module = low.model.layers[0].self_attn.q_proj
     assert module.simulated is None  # so that the steps in force must be those that were found, not what preparing saw
@@ -185,4 +192,23 @@ def test_static_ranges_are_those_of_the_calibration_text():
     torch.testing.assert_close(module.activation.step.view(torch.float32), step[None], rtol=1e-4, atol=0)
     assert torch.equal(module.prepared()[1].parts[0].steps[0], module.activation.step.view(torch.float32))
     expected = dense(IDS).logits
-    assert (low(IDS).logits - expected).norm() / expected.norm() < 0.06
+    assert (low(IDS).logits - expected).norm() / expected.norm() < 0.1
+
+
+@torch.no_grad()
+def test_a_transform_that_would_lose_leaves_every_site_and_is_no_error():
+    model = uneven("llama")
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:  # outliers of the norms undo those of the columns that read them
+            parameter.mul_(torch.where(torch.arange(64) == 3, 1e-3, 1.0))
+            owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+            readers = ("q_proj", "k_proj", "v_proj") if "input" in name else ("gate_proj", "up_proj")
+            block = owner.self_attn if "input" in name else owner.mlp
+            for reader in readers:
+                getattr(block, reader).weight[:, 3] *= 1e3
+    config = LowBitConfig(method="rtn", bits=8, activation_bits=8, transforms=["gamma_migration"], calibration=WINDOWS)
+    done = rewrite(model, config, prepare_targets(model, config), WINDOWS)
+    folded = {step["site"] for step in done.steps}
+    assert all(
+        "costs less where it is" in reason for site, reason in done.skipped if site not in folded and "layers" in site
+    )
