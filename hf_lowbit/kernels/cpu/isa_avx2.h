@@ -10,6 +10,7 @@ namespace {
 struct Isa {
     static constexpr int kLanes = 8, kSlices = 2;
     static constexpr int kMostRows = 4;  // of x whose sums fit the registers
+    static constexpr bool kQuadsFirst = false;
     static constexpr int kBias = 0, kFewBias = 64;
     using Bytes = __m256i;
     using Ints = __m256i;
@@ -41,12 +42,20 @@ struct Isa {
         }
         return out;
     }
+    // Each sixteenth answers the indices in its range: elsewhere the saturated sum has its top bit set, which makes the shuffle
+    // give zero.
+    template <int N>
+    static Bytes shuffle_far(const Bytes (&table)[N][1], Bytes index) {
+        Bytes out = shuffle(table[0][0], adds8(index, splat(0x70)));
+        for (int s = 1; s < N; ++s) out = or_(out, shuffle(table[s][0], adds8(add8(index, splat(-16 * s)), splat(0x70))));
+        return out;
+    }
     static Ints start(int32_t bias) { return _mm256_set1_epi32(bias); }
     // Levels of either sign: |level| * (x with the sign of level), at most 2 * 128 * 127 per pair, which fits 16 bits.
     template <int BIAS>
-    static Ints dot(Ints sum, Bytes level, const int8_t* from) {
+    static Ints dot(Ints sum, Bytes level, const int8_t* from, int quad) {
         int32_t four;
-        __builtin_memcpy(&four, from, 4);
+        __builtin_memcpy(&four, from + 4 * quad, 4);
         const __m256i x = _mm256_set1_epi32(four);
         __m256i pairs;
         if constexpr (BIAS != 0) pairs = _mm256_maddubs_epi16(level, x);
