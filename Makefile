@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all lint figures sanitize clean
+.PHONY: demo test test-all lint figures sanitize neon arm-tools clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/hf-lowbit demo
@@ -24,17 +24,52 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The CPU kernels under AddressSanitizer and UBSan: every instruction set here, against a plain product.
-SANITIZE := -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
+# The CPU kernels under AddressSanitizer and UBSan: every instruction set here, against a plain product. `make -j2 sanitize`
+# compiles two files at a time. Without optimization, which would make the compiler take a minute for a body and drop accesses.
+SANITIZE := -std=c++17 -O0 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -pthread
 KERNELS  := hf_lowbit/kernels/cpu
-sanitize:
-	mkdir -p build/sanitize
-	for file in $(KERNELS)/*.cpp tests/kernels/sanitize.cpp; do \
-		flags="$$($(PYTHON) setup.py --flags $$(basename $$file))"; \
-		$(CXX) $(SANITIZE) $$flags -I$(KERNELS) -c $$file -o build/sanitize/$$(basename $$file .cpp).o || exit 1; \
-	done
-	$(CXX) $(SANITIZE) build/sanitize/*.o -o build/sanitize/kernels
-	build/sanitize/kernels
+HEADERS  := $(wildcard $(KERNELS)/*.h)
+OBJECTS  := $(notdir $(patsubst %.cpp,%.o,$(wildcard $(KERNELS)/*.cpp))) sanitize.o
+vpath %.cpp $(KERNELS) tests/kernels
+
+build/sanitize/%.o: %.cpp $(HEADERS) setup.py
+	@mkdir -p $(@D)
+	$(CXX) $(SANITIZE) $$($(PYTHON) setup.py --flags $(<F)) -I$(KERNELS) -c $< -o $@
+
+build/sanitize/kernels: $(addprefix build/sanitize/,$(OBJECTS))
+	$(CXX) $(SANITIZE) $^ -o $@
+
+sanitize: build/sanitize/kernels
+	$<
+
+# The same program for AArch64 under an emulator: on a processor with the dot product extension, then on one without, and built
+# by a compiler that does not know it. Debian: g++-aarch64-linux-gnu and qemu-user-static.
+ARM_CXX   ?= aarch64-linux-gnu-g++
+ARM_EMU   ?= qemu-aarch64-static
+ARM_FLAGS := -std=c++17 -O3 -ffp-contract=off -Wall -Wextra -pthread -static
+
+build/neon/%.o: %.cpp $(HEADERS) setup.py | arm-tools
+	@mkdir -p $(@D)
+	$(ARM_CXX) $(ARM_FLAGS) $$($(PYTHON) setup.py --flags $(<F) aarch64) -I$(KERNELS) -c $< -o $@
+
+build/neon/plain/body_neon.o: body_neon.cpp $(HEADERS) | arm-tools
+	@mkdir -p $(@D)
+	$(ARM_CXX) $(ARM_FLAGS) -march=armv8-a -I$(KERNELS) -c $< -o $@
+
+build/neon/kernels: $(addprefix build/neon/,$(OBJECTS))
+	$(ARM_CXX) $(ARM_FLAGS) $^ -o $@
+
+build/neon/plain/kernels: build/neon/plain/body_neon.o $(addprefix build/neon/,$(filter-out body_neon.o,$(OBJECTS)))
+	$(ARM_CXX) $(ARM_FLAGS) $^ -o $@
+
+neon: build/neon/kernels build/neon/plain/kernels
+	$(ARM_EMU) -cpu max build/neon/kernels neon
+	$(ARM_EMU) -cpu cortex-a57 build/neon/kernels
+	$(ARM_EMU) -cpu max build/neon/plain/kernels
+
+arm-tools:
+	@command -v $(ARM_CXX) > /dev/null || { echo "make neon needs $(ARM_CXX) (Debian: g++-aarch64-linux-gnu); ARM_CXX names another."; exit 1; }
+	@command -v $(ARM_EMU) > /dev/null || { echo "make neon needs $(ARM_EMU) (Debian: qemu-user-static); ARM_EMU names another."; exit 1; }
 
 # The measured tables of the README, into eval/results.
 figures: $(VENV)/.dev

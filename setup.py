@@ -26,12 +26,12 @@ X86 = {
     "body_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "body_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"],
 }
-ARM = {"body_neon.cpp": ["-march=armv8.2-a+dotprod+fp16"]}
+ARM = {"body_neon.cpp": ["-march=armv8.2-a+dotprod"]}
 
 
-def flags_of(file: str) -> list[str]:
-    """Instruction set flags of a source file on this machine."""
-    machine = platform.machine().lower()
+def flags_of(file: str, machine: str = platform.machine()) -> list[str]:
+    """Instruction set flags of a source file on a machine, by default this one."""
+    machine = machine.lower()
     return (X86 if machine in ("x86_64", "amd64") else ARM if machine in ("aarch64", "arm64") else {}).get(file, [])
 
 
@@ -90,8 +90,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-if sys.argv[1:2] == ["--flags"]:  # for `make sanitize`
-    print(*flags_of(sys.argv[2]))
+if sys.argv[1:2] == ["--flags"]:  # FILE [MACHINE], for `make sanitize` and `make neon`
+    print(*flags_of(*sys.argv[2:]))
     sys.exit()
 sources = sorted(str(path) for path in FOLDER.glob("*.cpp"))
 headers = sorted(str(path) for path in FOLDER.glob("*.h"))

@@ -1,15 +1,21 @@
-// The kernels on random records of many shapes, in buffers of exactly their size, for AddressSanitizer and UBSan.
+// The kernels on random records of many shapes, in buffers of exactly their size: under AddressSanitizer and UBSan, and for
+// processors that are not at hand, under an emulator.
 //
-// Results are held against a product in double precision made here from the stored arrays: the check is coarse, since the
-// Python tests hold the exact bounds; what counts is that no byte outside a buffer is read or written.
+// The portable body is held against a product in double precision made here from the stored arrays: coarsely in int8, since the
+// Python tests hold the exact bounds. Every other body is held against the portable one, from which only the order of float
+// sums may tell it.
+//
+// Arguments: the instruction sets to run, all that this processor has if none is named.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "body.h"
 #include "half.h"
 #include "lowbit_cpu.h"
 
@@ -27,11 +33,59 @@ void fail(const char* what, int a, int b, double found, double wanted) {
     std::exit(1);
 }
 
-// One stage of fp16 scales, offsets and fitted tables, with its dense values.
+void choose(const std::string& isa) {
+    if (lowbit_set_isa(isa.c_str())) return;
+    std::printf("%s is not among the instruction sets of this build and processor: %s\n", isa.c_str(), lowbit_isas());
+    std::exit(1);
+}
+
+// One number per row and group: fp16, or int8 (stored as unsigned) under an fp16 factor for every kPerSuper groups.
+struct Groups {
+    static constexpr int kPerSuper = 2;
+    std::vector<uint16_t> halves, supers;
+    std::vector<uint8_t> coded;
+    std::vector<float> values;
+
+    Groups(int rows, int groups, bool with_codes, float size) : values(size_t(rows) * size_t(groups)) {
+        const int of_row = (groups + kPerSuper - 1) / kPerSuper, width = (groups + 7) / 8 * 8;
+        if (with_codes) {
+            for (int i = 0; i < rows * of_row; ++i) supers.push_back(lowbit::float_to_half(unit() * size / 127));
+            for (int i = 0; i < rows * width; ++i) coded.push_back(uint8_t(draw(256)));
+        }
+        for (int r = 0; r < rows; ++r) {
+            for (int g = 0; g < groups; ++g) {
+                if (!with_codes) halves.push_back(lowbit::float_to_half(unit() * size));
+                values[size_t(r * groups + g)] =
+                    with_codes ? float(coded[size_t(r * width + g)] - 128) * lowbit::half_to_float(supers[size_t(r * of_row + g / kPerSuper)])
+                               : lowbit::half_to_float(halves.back());
+            }
+        }
+    }
+    const void* stored() const { return coded.empty() ? static_cast<const void*>(halves.data()) : coded.data(); }
+};
+
+struct Shape {
+    int rows, columns, bits, group, tables;
+    bool offsets, coded_scales, linear_levels;
+
+    int groups() const { return (columns + group - 1) / group; }
+};
+
+Shape draw_shape(int bits, int most_columns) {
+    Shape s{};
+    s.rows = 1 + int(draw(70)), s.columns = 1 + int(draw(uint32_t(most_columns))), s.bits = bits;
+    const int groups[] = {8, 32, 48, 64, s.columns};
+    s.group = groups[draw(5)], s.tables = draw(2) ? 1 : 3;
+    s.offsets = draw(2) != 0, s.coded_scales = draw(3) == 0, s.linear_levels = draw(3) == 0;
+    return s;
+}
+
+// One stage, with its dense values.
 struct Record {
-    int rows, columns, bits, group, groups;
+    int rows, columns, bits;
+    Groups scale, offset;
     std::vector<uint8_t> codes;
-    std::vector<uint16_t> scale, offset, values;
+    std::vector<uint16_t> values;
     std::vector<uint16_t> outlier_columns;
     std::vector<float> levels, dense;
     std::vector<int32_t> table_of_row, starts;
@@ -49,16 +103,15 @@ struct Record {
         return out;
     }
 
-    Record(int r, int c, int b, int g, int tables, bool offsets) : rows(r), columns(c), bits(b), group(g) {
-        groups = (columns + group - 1) / group;
+    explicit Record(const Shape& s)
+        : rows(s.rows), columns(s.columns), bits(s.bits), scale(rows, s.groups(), s.coded_scales, 1), offset(rows, s.groups(), s.coded_scales, 0.1f) {
         codes.resize(size_t(rows) * size_t((columns + 31) / 32 * 4 * bits));
         for (auto& byte : codes) byte = uint8_t(draw(256));
-        for (int i = 0; i < rows * groups; ++i) {
-            scale.push_back(lowbit::float_to_half(unit()));
-            offset.push_back(lowbit::float_to_half(unit() * 0.1f));
-        }
-        for (int i = 0; i < tables << bits; ++i) levels.push_back(unit());
-        for (int i = 0; i < rows; ++i) table_of_row.push_back(int32_t(draw(uint32_t(tables))));
+        const int entries = 1 << bits;
+        for (int i = 0; i < s.tables * entries; ++i) levels.push_back(s.linear_levels ? float(i % entries - entries / 2) : unit());
+        // Tables that differ from row to row, or only every four rows.
+        const int alike = draw(2) ? 4 : 1;
+        for (int i = 0; i < rows; ++i) table_of_row.push_back(i % alike ? table_of_row.back() : int32_t(draw(uint32_t(s.tables))));
         starts.push_back(0);
         for (int i = 0; i < rows; ++i) {
             for (int k = int(draw(3)); k > 0; --k) {
@@ -70,20 +123,21 @@ struct Record {
         dense.assign(size_t(rows) * columns, 0.0f);
         for (int i = 0; i < rows; ++i) {
             for (int k = 0; k < columns; ++k) {
-                const size_t at = size_t(i) * groups + k / group;
-                const float level = levels[size_t(tables > 1 ? table_of_row[size_t(i)] << bits : 0) + size_t(code(i, k))];
-                dense[size_t(i) * columns + k] = level * lowbit::half_to_float(scale[at]);
-                if (offsets) dense[size_t(i) * columns + k] += lowbit::half_to_float(offset[at]);
+                const size_t at = size_t(i * s.groups() + k / s.group);
+                const float level = levels[size_t(table_of_row[size_t(i)] << bits) + size_t(code(i, k))];
+                dense[size_t(i) * columns + k] = level * scale.values[at];
+                if (s.offsets) dense[size_t(i) * columns + k] += offset.values[at];
             }
             for (int e = starts[size_t(i)]; e < starts[size_t(i) + 1]; ++e) {
                 dense[size_t(i) * columns + outlier_columns[size_t(e)]] += lowbit::half_to_float(values[size_t(e)]);
             }
         }
-        stage.codes = codes.data(), stage.scale = scale.data(), stage.levels = levels.data();
-        stage.offset = offsets ? offset.data() : nullptr;
-        stage.table_of_row = tables > 1 ? table_of_row.data() : nullptr;
-        stage.rows = rows, stage.bits = bits, stage.group_size = group, stage.scale_bits = 16, stage.tables = tables;
-        stage.per_super = 1;
+        stage.codes = codes.data(), stage.levels = levels.data();
+        stage.scale = scale.stored(), stage.scale_super = scale.supers.data();
+        if (s.offsets) stage.offset = offset.stored(), stage.offset_super = offset.supers.data();
+        stage.table_of_row = s.tables > 1 ? table_of_row.data() : nullptr;
+        stage.rows = rows, stage.bits = bits, stage.group_size = s.group, stage.tables = s.tables;
+        stage.scale_bits = s.coded_scales ? 8 : 16, stage.per_super = Groups::kPerSuper;
         source.stages = &stage, source.stage_count = 1, source.rows = rows, source.columns = columns;
         source.outliers = int32_t(values.size());
         source.outlier_values = values.data(), source.outlier_columns = outlier_columns.data();
@@ -95,67 +149,145 @@ struct Free {
     void operator()(void* p) const { std::free(p); }
 };
 
-void run(const Record& record, int batch, int mode, int threads) {
+using Prepared = std::unique_ptr<void, Free>;
+
+Prepared prepare(const Record& record, int threads) {
     const int64_t bytes = lowbit_prepared_bytes(&record.source);
-    std::unique_ptr<void, Free> matrix(std::aligned_alloc(64, size_t(bytes)));
+    Prepared matrix(std::aligned_alloc(64, size_t(bytes)));
     if (!bytes || lowbit_prepare(&record.source, matrix.get(), bytes, threads)) fail("prepare", record.rows, record.bits, 0, 0);
-    std::vector<float> x(size_t(batch) * record.columns), y(size_t(batch) * record.rows);
-    for (auto& value : x) value = unit();
+    return matrix;
+}
+
+std::vector<float> product(const Record& record, const Prepared& matrix, const std::vector<float>& x, int batch, int mode, int threads) {
+    std::vector<float> y(size_t(batch) * record.rows);
+    const int64_t bytes = lowbit_prepared_bytes(&record.source);
     if (lowbit_linear(matrix.get(), bytes, x.data(), batch, record.columns, LOWBIT_F32, nullptr, y.data(), mode, threads)) {
         fail("linear", record.rows, record.bits, 0, 0);
     }
+    return y;
+}
+
+void check_product(const Record& record, const std::vector<std::string>& isas, int batch, int mode, int threads) {
+    const Prepared matrix = prepare(record, threads);
+    std::vector<float> x(size_t(batch) * record.columns);
+    for (auto& value : x) value = unit();
+    choose("portable");
+    const std::vector<float> plain = product(record, matrix, x, batch, mode, threads);
+    // Sums of sizes, under which no cancelling between level and offset hides.
+    float top = 1;
+    for (float level : record.levels) top = std::fmax(top, std::fabs(level));
     for (int m = 0; m < batch; ++m) {
         for (int r = 0; r < record.rows; ++r) {
-            double wanted = 0, size = 0;
+            double wanted = 0;
             for (int c = 0; c < record.columns; ++c) {
-                const double term = double(x[size_t(m) * record.columns + c]) * record.dense[size_t(r) * record.columns + c];
-                wanted += term, size += std::fabs(term);
+                wanted += double(x[size_t(m) * record.columns + c]) * record.dense[size_t(r) * record.columns + c];
             }
-            const double found = y[size_t(m) * record.rows + r];
-            // Coarse: a level's rounding is a share of the largest level, not of its own.
-            if (!(std::fabs(found - wanted) <= (mode == LOWBIT_EXACT ? 1e-4 : 0.05) * (size + record.columns * 0.5) + 1e-5)) {
+            const double found = plain[size_t(m * record.rows + r)];
+            if (!(std::fabs(found - wanted) <= (mode == LOWBIT_EXACT ? 1e-5 : 0.05) * top * record.columns)) {
                 fail("product", m, r, found, wanted);
             }
         }
     }
+    for (const std::string& isa : isas) {
+        choose(isa);
+        const std::vector<float> found = product(record, matrix, x, batch, mode, threads);
+        for (size_t i = 0; i < found.size(); ++i) {
+            if (std::fabs(found[i] - plain[i]) <= 1e-6 * top * record.columns) continue;
+            std::printf("%s, %d bits, mode %d, %d columns, batch %d: ", isa.c_str(), record.bits, mode, record.columns, batch);
+            fail("not as portable", int(i) / record.rows, int(i) % record.rows, found[i], plain[i]);
+        }
+    }
+}
+
+void check_rows(const Record& record, int threads) {
+    const Prepared matrix = prepare(record, threads);
     std::vector<int64_t> ids{record.rows - 1, 0};
     std::vector<float> rows(2 * size_t(record.columns));
+    const int64_t bytes = lowbit_prepared_bytes(&record.source);
     if (lowbit_rows(matrix.get(), bytes, ids.data(), 2, LOWBIT_F32, rows.data(), threads)) fail("rows", 0, 0, 0, 0);
     for (int c = 0; c < record.columns; ++c) {
         const float wanted = record.dense[size_t(record.rows - 1) * record.columns + c];
-        if (std::fabs(rows[size_t(c)] - wanted) > 1e-5) fail("row", c, record.bits, rows[size_t(c)], wanted);
+        if (std::fabs(rows[size_t(c)] - wanted) > 1e-5 * std::fmax(1, std::fabs(wanted))) fail("row", c, record.bits, rows[size_t(c)], wanted);
     }
+}
+
+// The new tokens of one sequence over its cache, causal, by every body.
+void check_attention(const std::vector<std::string>& isas, int dtype) {
+    lowbit::Attention a{};
+    a.dtype = dtype, a.batch = 1, a.tokens = 1 + int(draw(3)), a.kv_heads = 1 + int(draw(3)), a.heads = a.kv_heads * (1 + int(draw(3)));
+    a.dim = 16 * (1 + int(draw(6))), a.length = a.tokens + draw(40), a.scale = 0.3f, a.causal = true;
+    a.key_head = a.value_head = a.length * a.dim, a.key_token = a.value_token = a.dim;
+    std::vector<float> queries(size_t(a.tokens * a.heads * a.dim)), cache[2], out(queries.size()), scratch(size_t(lowbit::attention_scratch(a)));
+    std::vector<uint16_t> narrow[2];
+    for (auto& value : queries) value = unit();
+    for (int i = 0; i < 2; ++i) {
+        for (int64_t k = 0; k < a.kv_heads * a.length * a.dim; ++k) {
+            narrow[i].push_back(lowbit::float_to_bfloat(unit()));
+            cache[i].push_back(lowbit::bfloat_to_float(narrow[i].back()));
+        }
+    }
+    a.queries = queries.data(), a.out = out.data();
+    a.keys = dtype ? static_cast<const void*>(narrow[0].data()) : cache[0].data();
+    a.values = dtype ? static_cast<const void*>(narrow[1].data()) : cache[1].data();
+    for (const std::string& isa : isas) {
+        choose(isa);
+        for (int h = 0; h < a.kv_heads; ++h) lowbit::body().attend_head(a, 0, h, scratch.data());
+        for (int t = 0; t < a.tokens; ++t) {
+            for (int h = 0; h < a.heads; ++h) {
+                const size_t q = size_t((t * a.heads + h) * a.dim), from = size_t(h / (a.heads / a.kv_heads) * a.length * a.dim);
+                std::vector<double> mixed(size_t(a.dim), 0.0);
+                double total = 0;
+                for (int64_t k = 0; k < a.length - a.tokens + t + 1; ++k) {
+                    double score = 0;
+                    for (int i = 0; i < a.dim; ++i) score += double(queries[q + i]) * cache[0][from + k * a.dim + i];
+                    total += std::exp(a.scale * score);
+                    for (int i = 0; i < a.dim; ++i) mixed[size_t(i)] += std::exp(a.scale * score) * cache[1][from + k * a.dim + i];
+                }
+                for (int i = 0; i < a.dim; ++i) {
+                    const double wanted = mixed[size_t(i)] / total;
+                    if (!(std::fabs(out[q + i] - wanted) <= 1e-5)) fail(("attention, " + isa).c_str(), h, i, out[q + i], wanted);
+                }
+            }
+        }
+    }
+}
+
+// Several callers at once, whose calls want the same workers.
+void check_callers() {
+    Shape shape{};
+    shape.rows = 300, shape.columns = 1024, shape.bits = 4, shape.group = 32, shape.tables = 1, shape.offsets = true;
+    const Record shared(shape);
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i) {
+        callers.emplace_back([&shared] {
+            const Prepared matrix = prepare(shared, 2);
+            const std::vector<float> x(4 * 1024, 0.5f);
+            for (int k = 0; k < 20; ++k) product(shared, matrix, x, 4, LOWBIT_INT8, 3);
+        });
+    }
+    for (auto& caller : callers) caller.join();
 }
 
 }  // namespace
 
-int main() {
-    const std::string isas = lowbit_isas();
-    int runs = 0;
-    for (size_t at = 0; at < isas.size();) {
-        const size_t end = isas.find(' ', at) == std::string::npos ? isas.size() : isas.find(' ', at);
-        lowbit_set_isa(isas.substr(at, end - at).c_str());
-        at = end + 1;
-        for (int bits = 1; bits <= 8; ++bits) {
-            for (int k = 0; k < 12; ++k) {
-                const int columns = 1 + int(draw(200)), rows = 1 + int(draw(70));
-                const int groups[] = {8, 32, 48, 64, columns};
-                const Record record(rows, columns, bits, groups[draw(5)], draw(2) ? 1 : 3, draw(2) != 0);
-                for (int mode : {LOWBIT_INT8, LOWBIT_EXACT}) run(record, 1 + int(draw(9)), mode, 1 + int(draw(4))), ++runs;
-            }
+int main(int count, char** names) {
+    std::vector<std::string> isas(names + 1, names + count);
+    if (isas.empty()) {
+        std::istringstream all(lowbit_isas());
+        for (std::string name; all >> name;) isas.push_back(name);
+    }
+    int products = 0;
+    for (int bits = 1; bits <= 8; ++bits) {
+        for (int k = 0; k < 16; ++k) {
+            const Record record(draw_shape(bits, k % 4 ? 200 : 600));
+            for (int mode : {LOWBIT_INT8, LOWBIT_EXACT}) check_product(record, isas, 1 + int(draw(9)), mode, 1 + int(draw(4))), ++products;
+            check_rows(record, 1 + int(draw(4)));
         }
     }
-    const Record shared(300, 1024, 4, 32, 1, true);
-    std::vector<std::thread> callers;
-    for (int i = 0; i < 4; ++i) {
-        callers.emplace_back([&shared] {
-            const int64_t bytes = lowbit_prepared_bytes(&shared.source);
-            std::unique_ptr<void, Free> matrix(std::aligned_alloc(64, size_t(bytes)));
-            lowbit_prepare(&shared.source, matrix.get(), bytes, 2);
-            std::vector<float> x(4 * 1024, 0.5f), y(4 * 300);
-            for (int k = 0; k < 20; ++k) lowbit_linear(matrix.get(), bytes, x.data(), 4, 1024, 0, nullptr, y.data(), 1, 3);
-        });
-    }
-    for (auto& caller : callers) caller.join();
-    std::printf("%d products on %s: no error\n", runs, isas.c_str());
+    for (int k = 0; k < 10; ++k) check_attention(isas, k % 2);
+    choose(isas[0]);
+    check_callers();
+    std::printf("%d products on each of", products);
+    for (const std::string& isa : isas) std::printf(" %s", isa.c_str());
+    std::printf(": no error\n");
 }

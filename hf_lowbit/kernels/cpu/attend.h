@@ -18,11 +18,18 @@ inline const float* cache_row(const void* data, int64_t at, int dtype, int dim, 
     return room;
 }
 
+// `dim` is a multiple of 16. As many sums as make sixteen lanes: none waits for its last product.
 inline float dot_row(const float* a, const float* b, int dim) {
-    auto sum = Isa::zero();
-    for (int i = 0; i < dim; i += Isa::kLanes) sum = Isa::fma(Isa::loadf(a + i), Isa::loadf(b + i), sum);
-    float lanes[Isa::kLanes];
-    Isa::storef(lanes, sum);
+    Isa::Floats sum[Isa::kSlices];
+    for (auto& part : sum) part = Isa::zero();
+    for (int i = 0; i < dim; i += kTile) {
+        for (int s = 0; s < Isa::kSlices; ++s) {
+            const int at = i + s * Isa::kLanes;
+            sum[s] = Isa::fma(Isa::loadf(a + at), Isa::loadf(b + at), sum[s]);
+        }
+    }
+    float lanes[kTile];
+    for (int s = 0; s < Isa::kSlices; ++s) Isa::storef(lanes + s * Isa::kLanes, sum[s]);
     float total = 0;
     for (float lane : lanes) total += lane;
     return total;

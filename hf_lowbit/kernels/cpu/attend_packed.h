@@ -302,7 +302,7 @@ void block_dots(const uint8_t* codes, int dim, Isa::Bytes table, const Rounded* 
                 for (int tile = 0; tile < kTilesAtOnce; ++tile) {
                     const auto level = Isa::shuffle(table, index[tile]);
                     for (int k = 0; k < N; ++k) {
-                        sum[tile][k] = Isa::template dot_quad<Isa::kBias>(sum[tile][k], level, queries[k].rounded + 4 * quad);
+                        sum[tile][k] = Isa::template dot_quad<Isa::kBias>(sum[tile][k], level, queries[k].rounded, quad);
                     }
                 }
             }

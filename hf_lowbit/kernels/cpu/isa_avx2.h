@@ -10,6 +10,7 @@ namespace {
 struct Isa {
     static constexpr int kLanes = 8, kSlices = 2;
     static constexpr int kMostRows = 4;  // of x whose sums fit the registers
+    static constexpr bool kQuadsFirst = false;
     static constexpr int kBias = 0, kFewBias = 64;
     using Bytes = __m256i;
     using Ints = __m256i;
@@ -41,6 +42,14 @@ struct Isa {
         }
         return out;
     }
+    // Each sixteenth answers the indices in its range: elsewhere the saturated sum has its top bit set, which makes the shuffle
+    // give zero.
+    template <int N>
+    static Bytes shuffle_far(const Bytes (&table)[N][1], Bytes index) {
+        Bytes out = shuffle(table[0][0], adds8(index, splat(0x70)));
+        for (int s = 1; s < N; ++s) out = or_(out, shuffle(table[s][0], adds8(add8(index, splat(-16 * s)), splat(0x70))));
+        return out;
+    }
     static Ints start(int32_t bias) { return _mm256_set1_epi32(bias); }
     // Levels of either sign: |level| * (x with the sign of level), at most 2 * 128 * 127 per pair, which fits 16 bits.
     template <int BIAS>
@@ -51,9 +60,9 @@ struct Isa {
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
     template <int BIAS>
-    static Ints dot_quad(Ints sum, Bytes level, const int8_t* x) {
+    static Ints dot_quad(Ints sum, Bytes level, const int8_t* x, int quad) {
         int32_t four;
-        __builtin_memcpy(&four, x, 4);
+        __builtin_memcpy(&four, x + 4 * quad, 4);
         return dot<BIAS>(sum, level, _mm256_set1_epi32(four));
     }
     static Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }

@@ -10,6 +10,7 @@ namespace {
 struct Isa {
     static constexpr int kLanes = 16, kSlices = 1;
     static constexpr int kMostRows = 8;  // of x whose sums fit the registers
+    static constexpr bool kQuadsFirst = true;  // registers for all sums: no product waits for the one before
     static constexpr int kBias = 128, kFewBias = 128;  // vpdpbusd takes unsigned levels
     using Bytes = __m512i;
     using Ints = __m512i;
@@ -39,16 +40,25 @@ struct Isa {
         out = _mm512_mask_shuffle_epi8(out, 0x0f000f000f000f00ULL, table[2], index);
         return _mm512_mask_shuffle_epi8(out, 0xf000f000f000f000ULL, table[3], index);
     }
+    // Each sixteenth answers the indices in its range: elsewhere the saturated sum has its top bit set, which makes the shuffle
+    // give zero.
+    template <int N>
+    static Bytes shuffle_far(const Bytes (&table)[N][1], Bytes index) {
+        Bytes out = shuffle(table[0][0], adds8(index, splat(0x70)));
+        for (int s = 1; s < N; ++s) out = or_(out, shuffle(table[s][0], adds8(add8(index, splat(-16 * s)), splat(0x70))));
+        return out;
+    }
     static Ints start(int32_t bias) { return _mm512_set1_epi32(bias); }
     template <int BIAS>
     static Ints dot(Ints sum, Bytes level, Bytes x) {
         return _mm512_dpbusd_epi32(sum, level, x);
     }
-    // With the same four bytes of x for every lane; the compilers do not fold the broadcast into the product, which spares every
+    // With quad `quad` of x for every lane; the compilers do not fold the broadcast into the product, which spares every
     // second instruction of the kernels.
     template <int BIAS>
-    static Ints dot_quad(Ints sum, Bytes level, const int8_t* x) {
-        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(level), "m"(*reinterpret_cast<const int8_t(*)[4]>(x)));
+    static Ints dot_quad(Ints sum, Bytes level, const int8_t* x, int quad) {
+        const auto& four = *reinterpret_cast<const int8_t(*)[4]>(x + 4 * quad);
+        __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(level), "m"(four));
         return sum;
     }
     static Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }

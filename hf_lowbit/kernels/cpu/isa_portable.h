@@ -12,6 +12,7 @@ namespace {
 struct Isa {
     static constexpr int kLanes = 16, kSlices = 1;
     static constexpr int kMostRows = 4;  // of x whose sums fit the registers
+    static constexpr bool kQuadsFirst = false;  // whether a quad meets all rows of x before the next quad does
     static constexpr int kBias = 0, kFewBias = 0;
     struct Bytes {
         uint8_t v[64];
@@ -39,9 +40,6 @@ struct Isa {
     static Bytes and_(const Bytes& a, const Bytes& b) { return each<Bytes>([&](int i) { return uint8_t(a.v[i] & b.v[i]); }); }
     static Bytes or_(const Bytes& a, const Bytes& b) { return each<Bytes>([&](int i) { return uint8_t(a.v[i] | b.v[i]); }); }
     static Bytes add8(const Bytes& a, const Bytes& b) { return each<Bytes>([&](int i) { return uint8_t(a.v[i] + b.v[i]); }); }
-    static Bytes adds8(const Bytes& a, const Bytes& b) {
-        return each<Bytes>([&](int i) { return uint8_t(a.v[i] + b.v[i] > 255 ? 255 : a.v[i] + b.v[i]); });
-    }
     // 32-bit lanes, as little-endian machines see them: of each pair of a and b what f makes of them.
     template <class F>
     static Bytes each_word(const Bytes& a, const Bytes& b, F f) {
@@ -63,14 +61,21 @@ struct Isa {
     static Bytes shl(const Bytes& a) {
         return each_word(a, a, [](uint32_t x, uint32_t) { return x << N; });
     }
-    // In each 16 bytes: byte index % 16 of the table, or zero where the index has its top bit set.
+    // In each 16 bytes: byte `index`, below 16, of the table.
     static Bytes shuffle(const Bytes& table, const Bytes& index) {
-        return each<Bytes>([&](int i) { return uint8_t(index.v[i] & 128 ? 0 : table.v[(i & 48) + (index.v[i] & 15)]); });
+        return each<Bytes>([&](int i) { return table.v[(i & 48) + (index.v[i] & 15)]; });
     }
+    // The same with a table for each of four rows.
     static Bytes shuffle_rows(const Bytes table[4], const Bytes& index) {
         return each<Bytes>([&](int i) { return table[i / 4 % 4].v[(i & 48) + (index.v[i] & 15)]; });
     }
+    // The same with a table of N sixteenths, 2 or 4, and an index below 16 * N.
+    template <int N>
+    static Bytes shuffle_far(const Bytes (&table)[N][1], const Bytes& index) {
+        return each<Bytes>([&](int i) { return table[index.v[i] / 16 % N][0].v[(i & 48) + (index.v[i] & 15)]; });
+    }
     static Ints start(int32_t) { return Ints{}; }
+    // Products of the four levels of each lane and four of x, added to the lane.
     template <int BIAS>
     static Ints dot(const Ints& sum, const Bytes& level, const Bytes& x) {
         Ints out;
@@ -81,9 +86,10 @@ struct Isa {
         }
         return out;
     }
+    // The same with quad `quad` of x for every lane.
     template <int BIAS>
-    static Ints dot_quad(const Ints& sum, const Bytes& level, const int8_t* x) {
-        return dot<BIAS>(sum, level, each<Bytes>([&](int i) { return uint8_t(x[i & 3]); }));
+    static Ints dot_quad(const Ints& sum, const Bytes& level, const int8_t* x, int quad) {
+        return dot<BIAS>(sum, level, each<Bytes>([&](int i) { return uint8_t(x[4 * quad + (i & 3)]); }));
     }
     static Ints plus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] + b.v[i]; }); }
     static Ints minus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] - b.v[i]; }); }

@@ -12,7 +12,7 @@
 #define LOWBIT_UNROLL
 #endif
 // Where registers are arrays, unrolled loops take the compiler minutes.
-#if defined(LOWBIT_PORTABLE) || defined(__SANITIZE_ADDRESS__)
+#if defined(LOWBIT_PORTABLE)
 #undef LOWBIT_UNROLL
 #define LOWBIT_UNROLL
 #endif
@@ -137,16 +137,7 @@ struct Tables {
         return Isa::shuffle(part[V][0], index);
     }
 
-    // Tables of 32 or 64 entries: each sixteenth answers the codes in its range and gives zero for the others.
-    Bytes look_far(const Bytes& code) const {
-        Bytes out = Isa::shuffle(part[0][0], Isa::adds8(code, Isa::splat(0x70)));
-        LOWBIT_UNROLL
-        for (int s = 1; s < kVariants; ++s) {
-            const Bytes within = Isa::adds8(Isa::add8(code, Isa::splat(-16 * s)), Isa::splat(0x70));
-            out = Isa::or_(out, Isa::shuffle(part[s][0], within));
-        }
-        return out;
-    }
+    Bytes look_far(const Bytes& code) const { return Isa::template shuffle_far<kVariants>(part, code); }
 };
 
 // The int8 levels of a block, in the form Isa::dot takes.
