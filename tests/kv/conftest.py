@@ -36,7 +36,7 @@ class Module:
     is_causal, scaling = True, 0.25
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def module():
     """An attention module of its own."""
     return Module()

@@ -60,10 +60,8 @@ def test_what_is_packed_is_never_packed_again(filled, module, kwargs):
 
 @settings(max_examples=10, deadline=None)
 @given(st.integers(1, 8), st.integers(0, 7), st.booleans())
-def test_crop_and_regrow_leave_no_trace(filled, drafted, kept, plain):
-    from conftest import Module
-
-    module, kept = Module(), min(kept, drafted - 1)
+def test_crop_and_regrow_leave_no_trace(filled, module, drafted, kept, plain):
+    kept = min(kept, drafted - 1)
     ours, queries, keys, values = filled(module)
     other, *_ = filled(module)
     other_keys = keys.flip(1) if plain else keys * 2
@@ -77,8 +75,10 @@ def test_crop_and_regrow_leave_no_trace(filled, drafted, kept, plain):
     for tokens in (1, 3, 8, 1):
         a, b = (step(layer, module, queries, keys, values, tokens) for layer in (ours, other))
         assert torch.allclose(a, b, atol=1e-5)
-    assert torch.equal(ours.kept.tensors["position"], other.kept.tensors["position"])
-    scores = [layer.kept.tensors["score"][:, :, : layer.kept.length] for layer in (ours, other)]
+    positions, scores = (
+        [layer.kept.tensors[name][:, :, : layer.kept.length] for layer in (ours, other)] for name in ("position", "score")
+    )
+    assert torch.equal(*positions)
     assert torch.allclose(*scores, atol=1e-4)
 
 
