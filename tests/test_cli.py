@@ -239,3 +239,33 @@ def test_demo_reloads_what_it_kept(tmp_path, monkeypatch):
     assert 0 < low["kl"] < 0.2
     assert low["bytes"] == (tmp_path / "kept" / "rtn-4" / "model.safetensors").stat().st_size
     assert low["text"]
+
+
+def test_outliers_are_listed_before_and_after_and_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "text").write_text(demo.held_out_text().read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    page = tmp_path / "outliers.html"
+    options = ("--outliers", "--text", str(tmp_path / "text"), "--transform", "hadamard", "--plot", str(page), "--json")
+    found = one_object(in_process("inspect", SOURCE, *options))
+    assert found["tokens"] > 256
+    assert len(found["matrices"]) == 28
+    for row in found["matrices"]:
+        if "down_proj" in row["before"]["name"]:  # the widest range of channels, which a rotation evens out
+            assert row["after"]["inputs_ratio"] < row["before"]["inputs_ratio"]
+    text = page.read_text(encoding="utf-8")
+    assert "data:image/png;base64," in text
+    assert text.count("<tr>") == 29
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--plot", "x.png"], "--plot goes with --outliers"),
+        (["--transform", "hadamard"], "--transform goes with --outliers"),
+        (["--outliers", "--plot", "x.jpg"], "a plot is written as .png, .svg, .pdf, .html, got 'x.jpg'"),
+        (["--outliers", "--transform", "hadamrd"], "Did you mean 'hadamard'?"),
+    ],
+)
+def test_what_inspect_cannot_show_is_refused(options, message, capsys):
+    assert main(["inspect", SOURCE, *options]) == 2
+    assert message in capsys.readouterr().err

@@ -99,7 +99,7 @@ WORDS = [
     ("--skip lm_hed", "unknown module 'lm_hed'", "Did you mean 'lm_head'?"),
     ("--bitz 4", "unknown argument '--bitz'", "Did you mean '--bits'?"),
     ("--bit 4", "unknown argument '--bit'", "Did you mean '--bits'?"),
-    ("extra", "unknown argument 'extra'", "Known: --activation-bits"),
+    ("extra", "unknown argument 'extra'", "Known: --activation"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,10 @@ def plan_model(model: Any, config: LowBitConfig) -> Estimate:
     specs = {name: spec if windows and name in inside else without_data(spec) for name, spec in specs.items()}
     quantized = sum(model.get_parameter(name).numel() for name in targets.chosen)
     dense = sum(parameter.numel() for parameter in model.parameters()) - quantized
-    return estimate(shapes, specs, outside, dense, windows, length)
+    found = estimate(shapes, specs, outside, dense, windows, length)
+    if config.transforms:  # they rewrite the whole model, in float32
+        found = replace(found, peak_bytes=found.peak_bytes + 4 * (quantized + dense))
+    return found
 
 
 def _calibration_size(config: LowBitConfig, described: Any) -> tuple[int, int]:
