@@ -79,11 +79,11 @@ inline void over_pieces(const Walk& w, F&& f) {
     }
 }
 
-// Asks for slice s's share of the block that lies a piece behind the one of which p is slice s: its turn comes when the other tiles have had theirs. Without this the streams bring 5 % more than one does, with it 30 %.
+// Asks for slice s's share of the block that lies a piece behind the one at p: its turn comes when the other tiles have had theirs. Without this the streams bring 5 % more than one does, with it 30 %.
 template <int BITS>
 inline void prefetch_piece(const uint8_t* p, int s) {
-    const int first = s * BITS / Isa::kSlices, last = (s + 1) * BITS / Isa::kSlices;
-    for (int line = first; line < last; ++line) __builtin_prefetch(p - s * kStep + 64 * (kPiece<BITS> * BITS + line));
+    constexpr int kBytes = 64 * BITS, kShare = kBytes / Isa::kSlices;
+    for (int line = 0; line < kShare; line += 64) __builtin_prefetch(p + kPiece<BITS> * kBytes + s * kShare + line);
 }
 
 // part[m] += x's scale * sum of level * x over a block, for M rows side by side.
