@@ -124,7 +124,7 @@ def test_a_device_that_is_not_there(refused):
         ({"group_sise": 64}, "unknown setting 'group_sise'. Did you mean 'group_size'?"),
         ({"method": 4}, "method must be a name, got 4"),
         ({"method": ["rtn"]}, "method must be a name"),
-        ({"kv_cache": {"bits": 4}}, "KV cache is not part of this release; leave kv_cache out"),
+        ({"kv_cache": {"bits": 4}}, "unknown KV cache setting 'bits'"),
         ({"modules_to_not_convert": "lm_head"}, "modules_to_not_convert must be a list of patterns, got 'lm_head'"),
         ({"overrides": ["down_proj"]}, "overrides must be a mapping"),
         ({"overrides": {"down_proj": 6}}, "overrides must be a mapping of patterns to mappings of settings, got 6"),

@@ -55,10 +55,10 @@ def attend(layer: LowBitLayer, queries: Tensor, mask: Tensor | None, scale: floa
         if part.length:
             rows += _rows(part, tensors, layer.older if part is layer.recent else 0, low=False)
     for tier in layer.tiers:
-        if tier.length and not isinstance(tier, BlockTier):
+        if tier.tensors and not isinstance(tier, BlockTier):
             rows += _rows(tier.store, tensors, 0, low=True)
     for tier in layer.tiers:
-        if tier.length and isinstance(tier, BlockTier):
+        if tier.tensors and isinstance(tier, BlockTier):
             blocks += _blocks(tier, tensors)
     if mask is not None:
         mask = mask.expand(batch, 1, tokens, layer.length)

@@ -44,6 +44,35 @@ inline void exp_row(float* x, int count, float minus) {
     }
 }
 
+// Largest and summed up over 64 scores, in lanes of 16 that the compiler can keep in registers.
+inline float largest(const float* x, int count, float least) {
+    float lanes[16];
+    for (float& lane : lanes) lane = least;
+    int i = 0;
+    for (; i + 16 <= count; i += 16) {
+        for (int k = 0; k < 16; ++k) lanes[k] = x[i + k] > lanes[k] ? x[i + k] : lanes[k];
+    }
+    for (; i < count; ++i) lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    for (float lane : lanes) least = lane > least ? lane : least;
+    return least;
+}
+
+inline float summed(const float* x, int count) {
+    float lanes[16] = {};
+    int i = 0;
+    for (; i + 16 <= count; i += 16) {
+        for (int k = 0; k < 16; ++k) lanes[k] += x[i + k];
+    }
+    float total = 0;
+    for (; i < count; ++i) total += x[i];
+    for (float lane : lanes) total += lane;
+    return total;
+}
+
+inline void widen_halves(const uint16_t* from, int count, float* to) {
+    for (int i = 0; i < count; i += Isa::kLanes) Isa::storef(to + i, Isa::halves(from + i));
+}
+
 // One query rounded to int8: x near scale * rounded.
 struct Rounded {
     int8_t* rounded;
@@ -52,8 +81,15 @@ struct Rounded {
 };
 
 inline void round_query(const float* x, int dim, Rounded& to) {
-    float top = 0;
-    for (int i = 0; i < dim; ++i) top = std::fabs(x[i]) > top ? std::fabs(x[i]) : top;
+    int32_t most = 0;  // magnitudes order like their bits
+    for (int i = 0; i < dim; ++i) {
+        int32_t bits;
+        std::memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float top;
+    std::memcpy(&top, &most, 4);
     to.scale = top / 127.0f, to.sum = 0;
     const float factor = top > 0 ? 127.0f / top : 0.0f;
     for (int i = 0; i < dim; ++i) {
@@ -122,8 +158,7 @@ void hide(const HeadWork& w, int count, F position) {
 void soften(const HeadWork& w, int count) {
     for (int q = 0; q < w.queries; ++q) {
         float* scores = w.scores + q * kKvBlock;
-        float top = w.top[q];
-        for (int i = 0; i < count; ++i) top = scores[i] > top ? scores[i] : top;
+        const float top = largest(scores, count, w.top[q]);
         if (top > w.top[q]) {
             const float fade = w.top[q] == kHiddenScore ? 0.0f : std::exp(w.top[q] - top);
             float* sums = w.sums + q * w.c.dim;
@@ -131,9 +166,7 @@ void soften(const HeadWork& w, int count) {
             w.total[q] *= fade, w.top[q] = top;
         }
         exp_row(scores, count, top == kHiddenScore ? 0.0f : top);
-        float sum = 0;
-        for (int i = 0; i < count; ++i) sum += scores[i];
-        w.total[q] += sum;
+        w.total[q] += summed(scores, count);
     }
 }
 
@@ -326,8 +359,8 @@ void block_scores(const HeadWork& w, const LowbitBlocks& s, int64_t block, Isa::
     if (s.keys_by_channel) {
         float* factor = w.folded;
         float* add = w.folded + c.dim;
-        for (int i = 0; i < c.dim; ++i) factor[i] = half_to_float(s.key_scale[at * c.dim + i]);
-        for (int i = 0; i < c.dim; ++i) add[i] = half_to_float(s.key_offset[at * c.dim + i]);
+        widen_halves(s.key_scale + at * c.dim, c.dim, factor);
+        widen_halves(s.key_offset + at * c.dim, c.dim, add);
         float* folded = w.folded + 2 * c.dim;
         for (int q = 0; q < w.queries; ++q) {
             const float* query = w.query(q, true);
@@ -337,8 +370,8 @@ void block_scores(const HeadWork& w, const LowbitBlocks& s, int64_t block, Isa::
         }
         queries = w.other;
     } else {
-        for (int i = 0; i < kKvBlock; ++i) scale[i] = half_to_float(s.key_scale[at * kKvBlock + i]);
-        for (int i = 0; i < kKvBlock; ++i) offset[i] = half_to_float(s.key_offset[at * kKvBlock + i]);
+        widen_halves(s.key_scale + at * kKvBlock, kKvBlock, scale);
+        widen_halves(s.key_offset + at * kKvBlock, kKvBlock, offset);
     }
     for (int q = 0; q < w.queries; q += kAtOnce) {
         const int n = w.queries - q < kAtOnce ? w.queries - q : kAtOnce;
@@ -404,11 +437,13 @@ void block_values(const HeadWork& w, const LowbitBlocks& s, int64_t block) {
     const int64_t at = w.head() * s.count + block;
     const uint8_t* codes = s.values + at * kKvBlock * c.dim * BITS / 8;
     if (!s.values_by_channel) {
+        float scale[kKvBlock], offset[kKvBlock];
+        widen_halves(s.value_scale + at * kKvBlock, kKvBlock, scale);
+        widen_halves(s.value_offset + at * kKvBlock, kKvBlock, offset);
         for (int q = 0; q < w.queries; ++q) {
             float* weights = w.scores + q * kKvBlock;
-            float add = 0;
-            for (int i = 0; i < kKvBlock; ++i) add += weights[i] * half_to_float(s.value_offset[at * kKvBlock + i]);
-            for (int i = 0; i < kKvBlock; ++i) weights[i] *= half_to_float(s.value_scale[at * kKvBlock + i]);
+            const float add = dot_row(weights, offset, kKvBlock);
+            for (int i = 0; i < kKvBlock; ++i) weights[i] *= scale[i];
             for (int i = 0; i < c.dim; ++i) w.sums[q * c.dim + i] += add;
         }
         mix_block<BITS>(w, codes, s.value_levels);
@@ -419,8 +454,7 @@ void block_values(const HeadWork& w, const LowbitBlocks& s, int64_t block) {
     for (int i = 0; i < w.queries * c.dim; ++i) apart.sums[i] = 0;
     mix_block<BITS>(apart, codes, s.value_levels);
     for (int q = 0; q < w.queries; ++q) {
-        float weight = 0;
-        for (int i = 0; i < kKvBlock; ++i) weight += w.scores[q * kKvBlock + i];
+        const float weight = summed(w.scores + q * kKvBlock, kKvBlock);
         for (int i = 0; i < c.dim; ++i) {
             const int64_t channel = at * c.dim + i;
             w.sums[q * c.dim + i] +=
