@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=130_000)
     parser.add_argument("--recipes", choices=RECIPES, default="data-free")
     parser.add_argument("--calibration", default=str(calibration_text()))
-    parser.add_argument("--only", default="", help="only labels that start with one of these; adds to the result")
+    parser.add_argument("--only", default="", help="labels that begin so, with semicolons between; adds to the result")
     parser.add_argument("--name", default="quality")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -133,7 +133,7 @@ def main() -> None:
         rows = json.loads((RESULTS / f"{args.name}.json").read_text(encoding="utf-8"))["result"] | rows
     order = [label for label, _ in jobs]
     for label, settings in jobs:
-        if not label.startswith(tuple(args.only.split(","))):
+        if not label.startswith(tuple(args.only.split(";"))):
             continue
         row = rows[label] = measure(args.model, settings, reference, ids, args.calibration)
         print(

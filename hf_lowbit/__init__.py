@@ -12,17 +12,20 @@ from hf_lowbit._version import __version__
 from hf_lowbit.autoload import autoload
 
 if TYPE_CHECKING:
+    from hf_lowbit.kv import LowBitCache
     from hf_lowbit.plugin import LowBitConfig, LowBitLinear, explain, quantize
+    from hf_lowbit.plugin.detector import SpotDetector
 
-_PLUGIN_NAMES = ("LowBitConfig", "LowBitLinear", "explain", "quantize")
-__all__ = ["LowBitConfig", "LowBitLinear", "__version__", "explain", "quantize"]
+_HOMES = dict.fromkeys(("LowBitConfig", "LowBitLinear", "explain", "quantize"), "hf_lowbit.plugin")
+_HOMES |= {"LowBitCache": "hf_lowbit.kv", "SpotDetector": "hf_lowbit.plugin.detector"}
+__all__ = ["LowBitCache", "LowBitConfig", "LowBitLinear", "SpotDetector", "__version__", "explain", "quantize"]
 
 autoload()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PLUGIN_NAMES:
-        return getattr(importlib.import_module("hf_lowbit.plugin"), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'hf_lowbit' has no attribute {name!r}")
 
 

@@ -68,6 +68,22 @@ def build_parser() -> argparse.ArgumentParser:
 
     inspect = _command(added, "inspect", commands.run_inspect, "check a quantized checkpoint and count its bytes")
     inspect.add_argument("directory", metavar="DIR")
+    inspect.add_argument(
+        "--outliers",
+        action="store_true",
+        help="show where outliers sit instead, in any model: largest value of each input channel and column",
+    )
+    inspect.add_argument("--text", metavar="FILE", help="UTF-8 text to run through the model for that (the embedded one)")
+    inspect.add_argument(
+        "--transform",
+        action="append",
+        type=_transform,
+        dest="transforms",
+        metavar="T[:KEY=VALUE]",
+        help="show what the transform leaves of them, too",
+    )
+    inspect.add_argument("--activation-bits", type=_number, metavar="N", help="for transforms that are fitted to rounding")
+    inspect.add_argument("--plot", metavar="FILE", help="draw every channel of every layer (.png, .svg, .pdf or .html)")
 
     evaluate = _command(added, "eval", commands.run_eval, "perplexity of a model, and its divergence from a reference")
     evaluate.add_argument("directory", metavar="DIR", help="directory or Hub id of the model, quantized or not")
@@ -88,6 +104,10 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens", type=_count, default=32, metavar="N", help="decoding steps that are timed (32)")
     bench.add_argument("--threads", type=_count, metavar="N", help="torch threads; all cores unless given")
     bench.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
+
+    detect = _command(added, "detect", commands.run_detect, "say who wrote texts, a person or a language model, or abstain")
+    detect.add_argument("input", metavar="FILE|DIR|-", nargs="?", help="UTF-8 text, a directory of texts, or standard input")
+    _add_detector_options(detect)
 
     _command(added, "doctor", commands.run_doctor, "say what this machine has and what works here")
     return parser
@@ -117,11 +137,38 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add("--sequences", type=_count, metavar="N", help="calibration windows (128)")
     add("--length", type=_count, metavar="TOKENS", help="tokens of a calibration window (512)")
     add("--option", action="append", type=_setting, metavar="KEY=VALUE", help="a setting of the method's own (see doctor)")
-    add("--transform", action="append", dest="transforms", metavar="T", help="rewrite the model first")
-    add("--activation-bits", type=int, metavar="N")
+    add(
+        "--transform",
+        action="append",
+        type=_transform,
+        dest="transforms",
+        metavar="T[:KEY=VALUE]",
+        help="rewrite the model first (see doctor)",
+    )
+    add("--activation-bits", type=_number, metavar="N", help="round the inputs of matrices to N bits, 2 to 8")
+    add(
+        "--activation",
+        action="append",
+        type=_setting,
+        metavar="KEY=VALUE",
+        help="how: per=token|tensor|group, static=true, symmetric=true, group_size=N",
+    )
     add("--target-size", metavar="SIZE", help="total size to reach, such as 2GB")
     add("--seed", type=int)
     add("--strict", action="store_true", default=None, help="fail where a large matrix would stay in high precision")
+
+
+def _add_detector_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--detector", metavar="DIR", help="directory or Hub id of a causal LM, quantized or not (the embedded model)")
+    add("--observer", metavar="DIR", help="a second model of the same tokenizer, for the score binoculars")
+    add("--calibration", metavar="JSON", help="thresholds of this detector; the checkpoint's own unless given")
+    add("--score", metavar="NAME", help="the score verdicts rest on: spot, log_rank, fast_detectgpt, ... (fast_detectgpt)")
+    add("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", default="cpu")
+    add("--html", metavar="OUT", help="write a page with heat maps that works without any network")
+    add("--serve", action="store_true", help="open a local web page instead (pip install 'hf-lowbit[serve]')")
+    add("--port", type=_count, default=7860, help="of the web page (7860)")
 
 
 def _number(text: str) -> float | int:
@@ -143,6 +190,11 @@ def _override(text: str) -> tuple[str, dict[str, Any]]:
     if not (pattern and re.fullmatch("[^=]+=.+", setting)):
         raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN:KEY=VALUE, such as down_proj:bits=6")
     return pattern, _setting(setting)
+
+
+def _transform(text: str) -> Any:
+    name, *settings = text.split(":")
+    return {"name": name, **{key: value for one in settings for key, value in _setting(one).items()}} if settings else name
 
 
 def _setting(text: str) -> dict[str, Any]:

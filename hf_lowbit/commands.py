@@ -19,6 +19,10 @@ SETTINGS = (
 )
 
 
+# Text that --outliers runs: ranges of channels hardly move after a few thousand tokens.
+OUTLIER_CHARACTERS = 40_000
+
+
 def run_demo(args: argparse.Namespace) -> None:
     """The comparison table of the embedded model."""
     from hf_lowbit import demo
@@ -57,6 +61,11 @@ def config_from(args: argparse.Namespace) -> Any:
         )
     if sizes:
         settings["calibration"] = {"source": args.calibration} | sizes
+    if args.activation:
+        if args.activation_bits is None:
+            raise BadRequest("--activation says how activations are rounded; give --activation-bits N too.")
+        shape = {key: value for setting in args.activation for key, value in setting.items()}
+        settings["activation_bits"] = {"bits": args.activation_bits} | shape
     options = {key: value for option in args.option or [] for key, value in option.items()}
     return LowBitConfig(overrides=overrides, options=options, **settings)
 
@@ -110,7 +119,14 @@ def run_plan(args: argparse.Namespace) -> None:
 
 
 def run_inspect(args: argparse.Namespace) -> None:
-    """Verify checksums and print the ledger of a directory."""
+    """Verify checksums and print the ledger of a directory, or where the outliers of a model sit."""
+    if args.outliers:
+        return _run_outliers(args)
+    given = next(
+        (name for name in ("text", "transforms", "activation_bits", "plot") if getattr(args, name) is not None), None
+    )
+    if given is not None:
+        raise BadRequest(f"--{given.replace('_', '-').removesuffix('s')} goes with --outliers.")
     if args.json:
         return _print_json(_contents_json(args.directory))
     from hf_lowbit.format import ledger
@@ -132,6 +148,33 @@ def run_inspect(args: argparse.Namespace) -> None:
     print(f"bytes: {kinds}, high precision {sum(contents.dense.values()):,}, headers {contents.header_bytes:,}")
     print(f"files {contents.file_bytes:,} bytes, {contents.bits_per_weight_model:.3f} bits per weight over the whole model,")
     print(f"{blocks.bits_per_weight:.3f} in the quantized matrices inside blocks, all metadata counted")
+
+
+def _run_outliers(args: argparse.Namespace) -> None:
+    from hf_lowbit.demo import held_out_text
+    from hf_lowbit.plugin import LowBitConfig, checkpoint, outliers
+
+    checkpoint.show_progress(sys.stderr.isatty() and not args.json)
+    if args.plot:
+        outliers.check_plot(Path(args.plot))
+    config = LowBitConfig(method="rtn", transforms=args.transforms or [], activation_bits=args.activation_bits)
+    text = _read_text(args.text or str(held_out_text()), OUTLIER_CHARACTERS)
+    ids = checkpoint.tokenize(checkpoint.load_tokenizer(args.directory), text)
+    windows = ids[: len(ids) // 256 * 256].view(-1, 256) if len(ids) >= 256 else ids[None]
+    model = checkpoint.load_model(args.directory, "float32")
+    checkpoint.check_fits(model, ids, windows.shape[1])
+    before = outliers.examine(model, windows)
+    later = outliers.after(model, config, windows) if config.transforms else None
+    title = f"{Path(args.directory).name}" + (f" and {', '.join(map(str, config.transforms))}" if config.transforms else "")
+    if args.plot:
+        outliers.plot(args.plot, before, later, title)
+    pairs = [(one, next((x for x in later or () if x.name == one.name), None)) for one in before]
+    if args.json:
+        rows = [{"before": one.summary(), "after": other and other.summary()} for one, other in pairs]
+        return _print_json({"directory": args.directory, "tokens": windows.numel(), "matrices": rows})
+    _print_table(f"{title}: {windows.numel():,} tokens", outliers.COLUMNS, [outliers.cells(*pair) for pair in pairs])
+    if args.plot:
+        print(f"drawn to {args.plot}")
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -213,6 +256,42 @@ def run_bench(args: argparse.Namespace) -> None:
         print(f"{out['fused_layers']} decoder layers run as one op each for up to 8 tokens (HF_LOWBIT_FUSED=0 turns it off)")
 
 
+def run_detect(args: argparse.Namespace) -> None:
+    """Verdicts on texts, or the web page."""
+    from hf_lowbit import demo
+    from hf_lowbit.detect import inputs, report
+    from hf_lowbit.detect.scores import DEFAULT, get_score
+    from hf_lowbit.plugin import checkpoint
+    from hf_lowbit.plugin.detector import SpotDetector
+
+    if bool(args.input) == args.serve:
+        raise BadRequest("give what to judge, a FILE, a directory or -, or --serve for the web page.")
+    if args.html and Path(args.html).exists() and not Path(args.html).is_file():
+        raise BadRequest(f"cannot write {args.html!r}: it is not a file.")
+    score = get_score(args.score or DEFAULT).name
+    files = [] if args.serve else inputs.find_inputs(args.input)  # refused before a model is loaded
+    checkpoint.show_progress(False)
+    detector = SpotDetector.from_pretrained(
+        args.detector or demo.embedded_model(),
+        observer=args.observer,
+        calibration=args.calibration,
+        score=score,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    if args.serve:
+        from hf_lowbit.detect import serve
+
+        return serve.run(detector, args.port, demo.example_texts())
+    with _progress_bar("texts", sys.stderr.isatty() and not args.json) as progress:
+        results = list(inputs.judge(detector, files, progress))
+    if args.html:
+        _write_text(args.html, report.page(results))
+    if args.json:
+        return _print_json([result.to_json() for result in results])
+    print("\n".join(line for result in results for line in report.lines(result)))
+
+
 def run_doctor(args: argparse.Namespace) -> None:
     """Versions, devices, registration, backends and methods."""
     from hf_lowbit.plugin import doctor
@@ -233,6 +312,13 @@ def _read_text(file: str, characters: int | None) -> str:
         raise BadRequest(f"cannot read {file!r}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise BadRequest(f"{file!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _write_text(file: str, text: str) -> None:
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadRequest(f"cannot write {file!r}: {error.strerror or error}.") from error
 
 
 def _sizes(directory: str) -> dict[str, Any]:

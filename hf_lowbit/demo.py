@@ -71,6 +71,15 @@ def calibration_text() -> Path:
     return embedded_model() / "calibration.txt"
 
 
+def example_texts() -> list[tuple[str, str]]:
+    """Label and text of some texts to try a detector on: by a person, and by the embedded model."""
+    people = held_out_text().read_text(encoding="utf-8")
+    start = people.index("\n\n") + 2
+    person = people[start : people.index("\n\n", start + 1200)]
+    written = json.loads((embedded_model() / "detector_examples.json").read_text(encoding="utf-8"))
+    return [("a person, from a book", person), *written.items(), ("too short", person[:120])]
+
+
 def recipes() -> Iterator[tuple[str, LowBitConfig]]:
     """Label and config of every row of the demo."""
     from hf_lowbit.plugin.config import LowBitConfig

@@ -64,7 +64,7 @@ def test_importing_prints_nothing():
 
 def test_names_are_listed_before_they_are_loaded():
     done = run("import hf_lowbit, sys; print(*dir(hf_lowbit)); assert 'torch' not in sys.modules")
-    assert {"LowBitConfig", "LowBitLinear", "explain", "quantize", "__version__"} <= set(done.stdout.split())
+    assert {"LowBitConfig", "LowBitLinear", "SpotDetector", "explain", "quantize", "__version__"} <= set(done.stdout.split())
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -19,12 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_lowbit.errors import FormatError
+from hf_lowbit.format.activations import ActivationLayout
 from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.tensor import LowBitTensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# What files without rewritten or rounded activations state, so that older releases read them.
+PLAIN_VERSION = 1
 RECORD_KEY = "hf_lowbit"
 RECORD_CRC_KEY = "hf_lowbit_crc"
+# Tensors of an activation layout are named MODULE.activation.FIELD.
+ACTIVATION = "activation"
 
 
 @dataclass(frozen=True)
@@ -36,22 +41,33 @@ class Record:
         checksums: tensor name -> CRC-32 of its bytes.
         kept: parameter name -> why it was left in high precision.
         ends: low-bit parameters that are the input embedding or the output head, which reports count apart.
+        activations: module name -> what is done to its inputs; from format version 2 on.
+        transforms: what was done to the model before, step by step: JSON objects with ``transform``, ``kind``, ``site`` and
+            ``digest``.
     """
 
     layouts: dict[str, Layout]
     checksums: dict[str, int] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     ends: tuple[str, ...] = ()
+    activations: dict[str, ActivationLayout] = field(default_factory=dict)
+    transforms: tuple[dict[str, str], ...] = ()
 
     def to_metadata(self) -> dict[str, str]:
         """The two header entries."""
+        rewritten: dict[str, object] = {}
+        if self.activations:
+            rewritten["activations"] = {name: layout.to_json() for name, layout in sorted(self.activations.items())}
+        if self.transforms:
+            rewritten["transforms"] = list(self.transforms)
         text = json.dumps(
             {
-                "format_version": FORMAT_VERSION,
+                "format_version": FORMAT_VERSION if self.activations else PLAIN_VERSION,
                 "tensors": {name: layout.to_json() for name, layout in sorted(self.layouts.items())},
                 "crc32": dict(sorted(self.checksums.items())),
                 "kept": dict(sorted(self.kept.items())),
                 "ends": list(self.ends),
+                **rewritten,
             },
             separators=(",", ":"),
         )
@@ -81,7 +97,9 @@ class Record:
         check_version(values.get("format_version") if isinstance(values, dict) else None, where)
         try:
             layouts = {name: Layout.from_json(entry) for name, entry in values["tensors"].items()}
-            return cls(layouts, values["crc32"], values["kept"], tuple(values["ends"]))
+            activations = {n: ActivationLayout.from_json(entry) for n, entry in values.get("activations", {}).items()}
+            steps = tuple(values.get("transforms", ()))
+            return cls(layouts, values["crc32"], values["kept"], tuple(values["ends"]), activations, steps)
         except (AttributeError, KeyError, TypeError, FormatError) as error:
             raise FormatError(f"{where}: the {RECORD_KEY!r} record is malformed ({error!r}).") from error
 
@@ -139,13 +157,13 @@ def read_record(files: Iterable[str | Path], verify: bool = True) -> Record:
             f"the header lists tensor {min(lacking)!r}, which no file holds ({len(lacking)} such in all). "
             "A shard is missing or damaged; fetch it again."
         )
-    for parameter, layout in record.layouts.items():
-        for stored, expected in layout.fields.items():
-            name = field_name(parameter, stored)
-            wanted = (_DTYPE_NAMES[expected.dtype], list(expected.shape))
-            if present.get(name) != wanted:
-                found = "nothing" if name not in present else f"{present[name][0]} {present[name][1]}"
-                raise FormatError(f"tensor {name!r} should be {wanted[0]} {wanted[1]}, found {found}.")
+    fields = {field_name(p, stored): f for p, layout in record.layouts.items() for stored, f in layout.fields.items()}
+    fields |= {f"{m}.{ACTIVATION}.{s}": f for m, layout in record.activations.items() for s, f in layout.fields.items()}
+    for name, expected in fields.items():
+        wanted = (_DTYPE_NAMES[expected.dtype], list(expected.shape))
+        if present.get(name) != wanted:
+            found = "nothing" if name not in present else f"{present[name][0]} {present[name][1]}"
+            raise FormatError(f"tensor {name!r} should be {wanted[0]} {wanted[1]}, found {found}.")
     return record
 
 

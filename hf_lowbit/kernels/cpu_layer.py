@@ -174,6 +174,21 @@ class FusedLayer:
         del kept
         return y
 
+    def output(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """:meth:`finish` where attention was done elsewhere: ``mixed`` is float32 ``[batch, tokens, heads, dim]``."""
+        shape, (batch, tokens, _) = self.shape, x.shape
+        expected = (batch, tokens, shape.heads, shape.dim)
+        if mixed.shape != expected or mixed.dtype != torch.float32:
+            raise BadRequest(
+                f"the fused layer takes float32 attention output {list(expected)}, got {mixed.dtype} {list(mixed.shape)}."
+            )
+        x, mixed = x.contiguous(), mixed.contiguous()
+        layer, kept = self._filled(x.dtype)
+        y = torch.empty_like(x)
+        checked(self._library.lowbit_layer_output(layer, x.data_ptr(), mixed.data_ptr(), batch * tokens, y.data_ptr()))
+        del kept
+        return y
+
     def _filled(self, dtype: torch.dtype) -> tuple[object, list[Tensor]]:
         """A struct for one call, and the tensors made for it alone, which must outlive the call.
 

@@ -12,7 +12,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_FILE = Path(__file__).with_name("_lowbit_cpu.so")
 REBUILD = "Install hf-lowbit again where a C++17 compiler is present (in a checkout: pip install -e .)."
 
@@ -58,6 +58,11 @@ _SIGNATURES = {
         c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p,
     ),
     "lowbit_layer_finish": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+    "lowbit_layer_output": (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
+    "lowbit_kv_attend": (c_int32, c_void_p),
+    "lowbit_kv_round": (
+        c_int32, c_void_p, c_int32, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_int64, c_int64,
+    ),
     "lowbit_read_probe": (c_uint64, c_void_p, c_int64, c_int32),
 }  # fmt: skip
 

@@ -20,6 +20,11 @@ class Stored(NamedTuple):
     layout: str
 
 
+def stored(tensor: LowBitTensor) -> Stored:
+    """The arguments of the torch ops for a record."""
+    return Stored([tensor.tensors[name] for name in tensor.layout.fields], tensor.layout.dumps())
+
+
 class Reference(Backend):
     """``F.linear`` on the decoded weight, on any device, in the dtype of the activations."""
 
@@ -31,7 +36,7 @@ class Reference(Backend):
 
     def prepare(self, tensor: LowBitTensor) -> Stored:
         """The record itself: nothing is repacked."""
-        return Stored([tensor.tensors[name] for name in tensor.layout.fields], tensor.layout.dumps())
+        return stored(tensor)
 
     def linear(self, x: Tensor, prepared: Stored, bias: Tensor | None = None) -> Tensor:
         """``hf_lowbit::linear``, and the bias added in the dtype of the result."""
@@ -43,4 +48,5 @@ class Reference(Backend):
         return ops.OPS.embedding(ids, prepared.tensors, prepared.layout, dtype)
 
 
-register_backend(Reference())
+REFERENCE = Reference()
+register_backend(REFERENCE)

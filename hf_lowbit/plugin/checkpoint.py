@@ -15,17 +15,24 @@ from safetensors import SafetensorError, safe_open
 
 from hf_lowbit._version import __version__
 from hf_lowbit.errors import BadRequest, FormatError, LowBitError, WeightError
-from hf_lowbit.format.serialize import Record, read_record, sort_headers
+from hf_lowbit.format.serialize import ACTIVATION, Record, read_record, sort_headers
 from hf_lowbit.measure.perplexity import vocabulary_of
 from hf_lowbit.pipeline.run import MemoryStore, Report
 from hf_lowbit.pipeline.share import Share
 from hf_lowbit.pipeline.workspace import Workspace, fingerprint_of_files
 from hf_lowbit.plugin.auto import resolve
-from hf_lowbit.plugin.compress import Progress, calibration_for, check_calibration, compress, fingerprint, with_provenance
+from hf_lowbit.plugin.compress import (
+    Progress,
+    calibration_for,
+    check_calibration,
+    compress,
+    fingerprint,
+    prepare_targets,
+    with_provenance,
+)
 from hf_lowbit.plugin.config import QUANT_METHOD, LowBitConfig
 from hf_lowbit.plugin.explain import Explanation, explain
 from hf_lowbit.plugin.quantize import finish
-from hf_lowbit.plugin.targets import find_targets
 
 _LOG = logging.getLogger(__name__)
 # The file that says how each matrix was solved.
@@ -142,7 +149,7 @@ def quantize_checkpoint(
     if quantized or getattr(model, "is_quantized", False):
         raise BadRequest(f"{source!r} is quantized already; quantize the original it was made from.")
     config = resolve(config, model)
-    targets = find_targets(model, config)
+    targets = prepare_targets(model, config)
     tokenizer = None  # weights without a tokenizer are a checkpoint all the same
     with suppress(BadRequest):
         tokenizer = load_tokenizer(source)
@@ -151,22 +158,22 @@ def quantize_checkpoint(
     identity = fingerprint(config, targets, calibration) | {"model": fingerprint_of_files(files), "version": __version__}
     with Share() as share:
         if share.rank:
-            report = compress(model, config, targets, calibration, MemoryStore(), files, progress, share)
+            outcome = compress(model, config, targets, calibration, MemoryStore(), files, progress, share)
             share.wait()  # what the first process writes is there when all return
-            return explain(model), report
+            return explain(model), outcome.report
         with Workspace.open(destination, identity, restart) as work:
             for note in work.notes:
                 _LOG.warning(note)
             try:
-                report = compress(model, config, targets, calibration, work, files, progress, share)
+                outcome = compress(model, config, targets, calibration, work, files, progress, share)
             except WeightError:
                 work.discard()  # asked for the same again, it would fail the same
                 raise
-            finish(model, with_provenance(config, calibration), targets, report)
+            finish(model, with_provenance(config, calibration), targets, outcome)
             explanation = explain(model)
-            work.finish(partial(_write, model, tokenizer, report))
+            work.finish(partial(_write, model, tokenizer, outcome.report))
         share.wait()
-    return explanation, report
+    return explanation, outcome.report
 
 
 def _write(model: Any, tokenizer: Any, report: Report, folder: Path) -> None:
@@ -241,6 +248,7 @@ def read_contents(directory: str | Path) -> Contents:
         raise FormatError(f"{folder} holds no safetensors file.")
     record = read_record(files)
     packed = {f"{name}_{stored}" for name, layout in record.layouts.items() for stored in layout.fields}
+    inputs = {f"{name}.{ACTIVATION}.{stored}" for name, layout in record.activations.items() for stored in layout.fields}
     dense: dict[str, int] = {}
     weights, total, headers = sum(layout.numel for layout in record.layouts.values()), 0, 0
     for file in files:
@@ -251,7 +259,7 @@ def read_contents(directory: str | Path) -> Contents:
                 if name not in packed:
                     tensor = handle.get_tensor(name)
                     dense[name] = tensor.numel() * tensor.element_size()
-                    weights += tensor.numel()
+                    weights += 0 if name in inputs else tensor.numel()
     return Contents(config, record, total, headers, weights, dense)
 
 

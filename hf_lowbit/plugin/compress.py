@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,17 @@ from hf_lowbit.pipeline.run import Report, Run, Store
 from hf_lowbit.pipeline.share import Share
 from hf_lowbit.pipeline.texts import Calibration, read_calibration
 from hf_lowbit.plugin.config import LowBitConfig
-from hf_lowbit.plugin.modules import LowBitModule
+from hf_lowbit.plugin.modules import LowBitModule, put_activations
+from hf_lowbit.plugin.ranges import find_ranges
+from hf_lowbit.plugin.rewrite import Rewriting, back_to, quantizers, rewrite, unrounded, untie
 from hf_lowbit.plugin.sites import Shards, find_blocks
-from hf_lowbit.plugin.targets import Targets, replace_modules
+from hf_lowbit.plugin.targets import Targets, find_targets, replace_modules
 from hf_lowbit.solvers import SOLVERS, without_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_LOG = logging.getLogger("hf_lowbit")
 # (parts finished, parts in all, name of the part)
 Progress = Callable[[int, int, str], None]
 # Tokens of one forward pass: enough to keep matrix products efficient, little enough that the largest activations of a
@@ -37,6 +41,15 @@ Progress = Callable[[int, int, str], None]
 TOKENS_PER_PASS = 2048
 # Name of the part that holds what lies outside the blocks: embedding and head.
 ENDS = "ends"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What :func:`compress` did: report, steps of transforms for the manifest, and (site, reason) of what they skipped."""
+
+    report: Report
+    steps: list[dict[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def needs_calibration(config: LowBitConfig) -> str | None:
@@ -48,8 +61,26 @@ def needs_calibration(config: LowBitConfig) -> str | None:
 
 
 def uses_calibration(config: LowBitConfig) -> bool:
-    """Whether any method of a config draws on calibration data."""
-    return any(SOLVERS[spec.method].evidence != "none" for spec in config.specs())
+    """Whether any method, transform or static range of a config draws on calibration data."""
+    return any(SOLVERS[spec.method].evidence != "none" for spec in config.specs()) or _sees_inputs(config)
+
+
+def needs_inputs(config: LowBitConfig) -> str | None:
+    """What of a config must see inputs: a transform, or static ranges."""
+    spec = config.activation_spec()
+    asked = config.parsed_transforms()
+    wanting = [f"transform {entry.name!r}" for entry, _ in asked if entry.needs in ("inputs", "rounding")]
+    return next(iter(wanting), "static activation quantization" if spec is not None and spec.static else None)
+
+
+def _sees_inputs(config: LowBitConfig) -> bool:
+    helped = any(entry.needs == "helped" for entry, _ in config.parsed_transforms())
+    return helped or needs_inputs(config) is not None
+
+
+def is_streamed(config: LowBitConfig) -> bool:
+    """Whether matrices can be quantized one by one while they are loaded: no data and no rewriting."""
+    return config.calibration is None and not config.transforms
 
 
 def check_calibration(config: LowBitConfig) -> None:
@@ -64,6 +95,11 @@ def check_calibration(config: LowBitConfig) -> None:
         raise BadRequest(
             f"method {method!r} fits codes to calibration data and was given none. Give a text: --calibration FILE, or "
             f"calibration=... in Python. Methods that need none: {free}."
+        )
+    if source is None and (wanting := needs_inputs(config)) is not None:
+        raise BadRequest(
+            f"{wanting} needs calibration data and was given none. Give a text: --calibration FILE, or calibration=... in "
+            "Python."
         )
     if source is not None and not uses_calibration(config):
         raise BadRequest(f"calibration was given, but method {config.method!r} does not use any; leave it out or use gptq.")
@@ -115,8 +151,8 @@ def compress(
     files: Sequence[Path] = (),
     progress: Progress | None = None,
     share: Share | None = None,
-) -> Report:
-    """Quantize the chosen parameters of a dense model in place.
+) -> Outcome:
+    """Rewrite a dense model as its transforms say and quantize the chosen parameters, in place.
 
     Args:
         targets: what to quantize.
@@ -126,8 +162,12 @@ def compress(
         share: this process's share of the work; None asks the environment.
 
     Returns:
-        The report: a row per matrix, and one per learned block.
+        A row per matrix and one per learned block, and what transforms did and left alone.
     """
+    windows = None if calibration is None else calibration.windows
+    rewriting = rewrite(model, config, targets, windows) if config.transforms else Rewriting()
+    if config.transforms:
+        files = ()  # they hold the weights from before
     blocks = find_blocks(model, list(targets.chosen), Shards(files))
     inside = [name for block in blocks for name in block.sites]
     specs = {name: targets.spec(name, config) for name in inside}
@@ -146,23 +186,48 @@ def compress(
 
     was_training = model.training
     model.eval()
-    windows = None if calibration is None else calibration.windows
     recorder = None if windows is None else Recorder(model, blocks)
     size = 1 if windows is None else max(1, TOKENS_PER_PASS // windows.shape[1])
     try:
-        with Share() if share is None else nullcontext(share) as together:
+        with Share() if share is None else nullcontext(share) as together, unrounded(model, rewriting.intakes):
             Run(blocks, specs, store, recorder, windows, size, done, together)()
             if outside:
                 ends = Block(ENDS, model, tuple(outside), _never_opened, blocks[0].weight)
                 plain = {name: without_data(targets.spec(name, config)) for name in outside}
                 Run([ends], plain, store, done=done, share=together)()
+        round_activations(model, config, targets, rewriting, windows)
     finally:
         model.train(was_training)
-    return report
+    return Outcome(report, rewriting.steps, rewriting.skipped)
 
 
 def _never_opened() -> Any:
     raise AssertionError("what lies outside the blocks is solved from its weights alone")
+
+
+def prepare_targets(model: PreTrainedModel, config: LowBitConfig) -> Targets:
+    """What of a dense model is to be quantized; where a rotation is asked for, a tied head gets its own table first."""
+    if any(entry.kind == "rotation" for entry, _ in config.parsed_transforms()) and (cost := untie(model)):
+        _LOG.warning(
+            "hf-lowbit: a rotated residual stream needs the norm before the head folded into it, which a table shared with "
+            "the embedding cannot take: the head gets its own, %s bytes more before quantization.", f"{cost:,}",
+        )  # fmt: skip
+    return find_targets(model, config)
+
+
+def round_activations(
+    model: PreTrainedModel, config: LowBitConfig, targets: Targets, rewriting: Rewriting, windows: Tensor | None
+) -> None:
+    """Put in place what is done to the inputs of low-bit matrices, and find static ranges."""
+    spec = config.activation_spec()
+    if rewriting.dtype is not None:
+        back_to(model, rewriting.dtype)
+    linear = [full for full, kind in targets.chosen.items() if kind == "linear"]
+    sizes = {full: model.get_submodule(full.removesuffix(".weight")).in_features for full in linear}
+    put_activations(model, quantizers(targets, sizes, rewriting.intakes, spec))
+    if spec is not None and spec.static:
+        assert windows is not None
+        find_ranges(model, windows, config)
 
 
 def install(model: PreTrainedModel, full: str, tensor: LowBitTensor) -> None:
@@ -181,4 +246,7 @@ def fingerprint(config: LowBitConfig, targets: Targets, calibration: Calibration
     """What, besides the model's files, decides the parts of a run."""
     specs: dict[str, Spec] = {name: targets.spec(name, config) for name in targets.chosen}
     plan = {name: replace(spec, options=dict(spec.options)).to_json() for name, spec in specs.items()}
-    return {"plan": plan, "calibration": None if calibration is None else calibration.provenance["sha256"]}
+    spec = config.activation_spec()
+    rewritten = {"transforms": config.transforms, "activations": None if spec is None else spec.to_json()}
+    identity = {"plan": plan, "calibration": None if calibration is None else calibration.provenance["sha256"]}
+    return identity | (rewritten if config.transforms else {})

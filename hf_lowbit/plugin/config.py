@@ -10,10 +10,13 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowbit.errors import BadRequest, unknown_name
-from hf_lowbit.format.serialize import FORMAT_VERSION, check_version
+from hf_lowbit.format.activations import ActivationSpec
+from hf_lowbit.format.serialize import FORMAT_VERSION, PLAIN_VERSION, check_version
 from hf_lowbit.format.spec import Spec
+from hf_lowbit.kv.settings import CacheSettings
 from hf_lowbit.solvers import get_solver
 from hf_lowbit.solvers.registry import check_options
+from hf_lowbit.transforms import Transform, parse_transforms
 
 QUANT_METHOD = "hf_lowbit"
 # The method that stands for the best one measured; resolved before anything is solved (hf_lowbit/plugin/auto.py).
@@ -24,9 +27,6 @@ SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers",
 # share is 0.0006 (eval/results/quality_books4m.json).
 EMBEDDING_BITS = 6
 _LATER = {
-    "transforms": "outlier migration and rotations are",
-    "activation_bits": "activation quantization is",
-    "kv_cache": "the mixed-precision KV cache is",
     "target_size": "the bit allocator is",
 }
 
@@ -52,7 +52,13 @@ class LowBitConfig(QuantizationConfigMixin):
         calibration: what calibrated methods are to run on: a text or JSON-lines file, the name of a data set, a list of
             texts, token windows, or a mapping with one of these as ``source`` and ``sequences``, ``length``, ``column``, ...
             A saved checkpoint carries where its calibration came from instead.
-        transforms, activation_bits, kv_cache, target_size: reserved; any value but the default is refused.
+        transforms: names of rewritings to apply first, in order (``hf-lowbit doctor`` lists them), or mappings of ``name``
+            and settings.
+        activation_bits: bits the inputs of matrices inside blocks are rounded to, one step per token found as they come;
+            or a mapping of ``bits``, ``per`` (``token``, ``tensor``, ``group``), ``static``, ``symmetric``, ``group_size``.
+        kv_cache: settings of :class:`~hf_lowbit.LowBitCache` by name (``{"low_bits": 2, "important": 0.2}``), which
+            ``generate`` then uses by default; ``{}`` takes its defaults, None leaves the host's cache.
+        target_size: reserved; any value but the default is refused.
 
     Raises:
         BadRequest: an unknown name (with the nearest one), or a value out of range.
@@ -68,9 +74,9 @@ class LowBitConfig(QuantizationConfigMixin):
         scale_bits: int = 6,
         outliers: float = 0.0,
         residual_terms: int = 1,
-        transforms: Sequence[str] = (),
+        transforms: Sequence[str | Mapping[str, Any]] = (),
         calibration: Any = None,
-        activation_bits: int | None = None,
+        activation_bits: int | Mapping[str, Any] | None = None,
         kv_cache: Mapping | None = None,
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
@@ -83,10 +89,10 @@ class LowBitConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD
         unknown.pop("quant_method", None)
-        self.format_version = unknown.pop("format_version", FORMAT_VERSION)
+        wanted = FORMAT_VERSION if transforms or activation_bits is not None else PLAIN_VERSION
+        self.format_version = unknown.pop("format_version", wanted)
         check_version(self.format_version, "quantization_config")
-        later: dict[str, Any] = {"transforms": transforms, "activation_bits": activation_bits}
-        later |= {"kv_cache": kv_cache, "target_size": target_size}
+        later: dict[str, Any] = {"target_size": target_size}
         for name, value in later.items():
             if value is not None and value != () and value != []:
                 raise BadRequest(f"{name}={value!r}: {_LATER[name]} not part of this release; leave {name} out.")
@@ -94,7 +100,10 @@ class LowBitConfig(QuantizationConfigMixin):
             known = [
                 *SPEC_KEYS,
                 *_LATER,
+                "transforms",
+                "activation_bits",
                 "calibration",
+                "kv_cache",
                 "overrides",
                 "modules_to_not_convert",
                 "quantize_embeddings",
@@ -108,6 +117,9 @@ class LowBitConfig(QuantizationConfigMixin):
         self.scale_bits, self.outliers, self.residual_terms, self.seed = scale_bits, outliers, residual_terms, seed
         self.options = dict(_typed("options", options or {}, Mapping, "a mapping of names to values"))
         self.calibration = calibration
+        self.transforms = list(_typed("transforms", transforms or [], (list, tuple), "a list of names"))
+        self.activation_bits = activation_bits
+        self.kv_cache = None if kv_cache is None else dict(_typed("kv_cache", kv_cache, Mapping, "a mapping of settings"))
         self.overrides = copy.deepcopy(dict(_typed("overrides", overrides or {}, Mapping, "a mapping of patterns")))
         for change in self.overrides.values():
             _typed("overrides", change, Mapping, "a mapping of patterns to mappings of settings")
@@ -124,6 +136,28 @@ class LowBitConfig(QuantizationConfigMixin):
             check_options(AUTO, AUTO_OPTIONS, self.options)
         for spec in self.specs():
             get_solver(spec)
+        if self.kv_cache is not None:
+            self.kv_cache = CacheSettings.from_json(self.kv_cache).to_json()
+        rounding = self.activation_spec()
+        for entry, _ in self.parsed_transforms():
+            if entry.needs == "rounding" and rounding is None:
+                raise BadRequest(
+                    f"transform {entry.name!r} is fitted to how activations are rounded: give activation_bits "
+                    "(--activation-bits) too, or use awq or smoothquant."
+                )
+            if entry.kind == "range" and (rounding is None or not rounding.static):
+                raise BadRequest(
+                    f"transform {entry.name!r} chooses static ranges: give activation_bits with static=True "
+                    "(--activation-bits 8 --activation per=tensor --activation static=true)."
+                )
+
+    def activation_spec(self) -> ActivationSpec | None:
+        """How activations are rounded; None not at all."""
+        return ActivationSpec.parse(self.activation_bits)
+
+    def parsed_transforms(self) -> list[tuple[Transform, dict[str, Any]]]:
+        """The transforms and their settings."""
+        return parse_transforms(self.transforms)
 
     def specs(self) -> list[Spec]:
         """The config's own spec, and what each override makes of it."""

@@ -14,6 +14,7 @@ from hf_lowbit.format.serialize import FORMAT_VERSION
 from hf_lowbit.kernels import backends, cpu_library
 from hf_lowbit.plugin.config import QUANT_METHOD
 from hf_lowbit.solvers import SOLVERS, Solver
+from hf_lowbit.transforms import TRANSFORMS, Transform
 
 
 def examine() -> dict[str, dict[str, Any]]:
@@ -46,6 +47,7 @@ def examine() -> dict[str, dict[str, Any]]:
         },
         "backends, fastest first": {backend.name: type(backend).__doc__ for backend in backends()},
         "methods": {name: _described(SOLVERS[name]) for name in sorted(SOLVERS)},
+        "transforms": {name: _needing(TRANSFORMS[name]) for name in sorted(TRANSFORMS)},
         "options of calibrated methods": {
             name: ", ".join(f"{key}={value}" for key, value in SOLVERS[name].options.items())
             for name in sorted(SOLVERS)
@@ -57,6 +59,12 @@ def examine() -> dict[str, dict[str, Any]]:
 def _described(entry: Solver) -> str:
     needs = "" if entry.optional else " (needs calibration data)"
     return entry.summary + needs
+
+
+def _needing(entry: Transform) -> str:
+    needs = {"none": "", "helped": " (calibration data helps)"}.get(entry.needs, " (needs calibration data)")
+    settings = ", ".join(f"{key}={value}" for key, value in entry.options.items())
+    return entry.summary + needs + (f"; {settings}" if settings else "")
 
 
 def _version(name: str) -> str:

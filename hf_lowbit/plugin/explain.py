@@ -9,6 +9,7 @@ import torch
 
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.format.ledger import ledger
+from hf_lowbit.plugin.modules import describe
 from hf_lowbit.plugin.targets import ends_of, low_bit_modules
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class TensorLine:
     bits_per_weight: float
     backend: str
     reason: str
+    activations: str = ""  # what is done to its inputs
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Explanation:
             lines.append(
                 f"{line.name:{width}}  {shape:>16}  {line.levels:24} {line.bits:4} {line.group_size:5} "
                 f"{line.bits_per_weight:6.3f} {line.bytes:11,}  {line.backend} ({line.reason})"
+                + (f"; inputs {line.activations}" if line.activations else "")
             )
         for name, (size, reason) in self.kept.items():
             lines.append(f"{name:{width}}  kept in high precision, {size:,} bytes: {reason}")
@@ -87,7 +90,7 @@ def explain(model: PreTrainedModel, strict: bool = False) -> Explanation:
             tensors.append(
                 TensorLine(
                     f"{name}.{parameter}", layout.shape, layout.method, levels, first.bits, first.group_size,
-                    counted.bytes, counted.bits_per_weight, choice.backend.name, choice.reason,
+                    counted.bytes, counted.bits_per_weight, choice.backend.name, choice.reason, _inputs_of(module),
                 )
             )  # fmt: skip
             layouts.append(layout)
@@ -105,6 +108,14 @@ def explain(model: PreTrainedModel, strict: bool = False) -> Explanation:
     return Explanation(tensors, kept, total, blocks, 8 * total / weights)
 
 
+def _inputs_of(module: Any) -> str:
+    quantizer = getattr(module, "activation", None)
+    if quantizer is None:
+        return ""
+    reason = module.simulated
+    return f"{describe(quantizer.layout)}; " + ("multiplied in whole numbers" if reason is None else f"simulated: {reason}")
+
+
 def _model_weights(model: PreTrainedModel) -> tuple[int, int]:
     """Logical weights and stored bytes of the whole model; tied tensors count once."""
     weights = total = 0
@@ -114,6 +125,7 @@ def _model_weights(model: PreTrainedModel) -> tuple[int, int]:
         for parameter, layout in module.layouts.items():
             weights += layout.numel
             packed |= {id(t) for t in module.lowbit(parameter).tensors.values()}
+        packed |= {id(t) for t in module.buffers()}  # those of its activation quantizer, too
     for tensor in model.state_dict(keep_vars=True).values():
         if id(tensor) in seen:
             continue

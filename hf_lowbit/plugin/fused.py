@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicCache
 
 from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.cpu_layer import DTYPES, FusedLayer, Shape
+from hf_lowbit.kv.packed import Packed
+from hf_lowbit.kv.settings import ATTENTION
 from hf_lowbit.plugin.cache_room import appended
 from hf_lowbit.plugin.modules import LowBitLinear, written
 
@@ -86,10 +88,12 @@ def unfit(layer: Any) -> str | None:
     for name, module in zip(PROJECTIONS, parts, strict=False):
         if not isinstance(module, LowBitLinear) or "weight" not in getattr(module, "layouts", {}):
             return f"{name} is in high precision"
+        if module.activation is not None:
+            return f"{name} rewrites or rounds its inputs"
         if module.choice().backend.name != cpu.Cpu.name:
             return f"{name} does not run on the CPU kernels"
     attention = layer.self_attn
-    if attention.config._attn_implementation not in ("sdpa", "eager"):
+    if attention.config._attn_implementation not in ("sdpa", "eager", ATTENTION):
         return f"attention {attention.config._attn_implementation!r}"
     if attention.config.hidden_act != "silu":
         return f"activation {attention.config.hidden_act!r}"
@@ -162,6 +166,9 @@ class FusedForward:
         queries, keys, values = made.start(hidden_states, *position_embeddings)
         if past_key_values is not None:
             keys, values = appended(past_key_values, keys, values, layer.self_attn.layer_idx)
+            if isinstance(keys, Packed):
+                mixed = keys.layer.attend_few(queries, attention_mask, layer.self_attn)
+                return made.output(hidden_states, mixed)
         return made.finish(hidden_states, queries, keys, values, attention_mask)
 
     def _applies(

@@ -7,15 +7,18 @@ which is where the loader looks; :meth:`LowBitModule.install` replaces it.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from hf_lowbit.errors import FormatError
+from hf_lowbit.format.activations import ActivationLayout, Activations
 from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.serialize import field_name
 from hf_lowbit.format.tensor import LowBitTensor
-from hf_lowbit.kernels import Choice, select
+from hf_lowbit.kernels import Choice, cpu, integer, reference, select
 
 
 class LowBitModule(nn.Module):
@@ -58,8 +61,11 @@ class LowBitModule(nn.Module):
         writes = written(first)
         if known is None or known[0] is not first or writes not in (None, known[1]):
             backend = self.choice(parameter).backend
-            known = cache[parameter] = (first, writes, backend, backend.prepare(self.lowbit(parameter)))
+            known = cache[parameter] = (first, writes, backend, self._prepare(backend, parameter))
         return known[2], known[3]
+
+    def _prepare(self, backend: Any, parameter: str) -> Any:
+        return backend.prepare(self.lowbit(parameter))
 
     def __getstate__(self) -> dict:
         state = dict(self.__dict__)
@@ -67,8 +73,55 @@ class LowBitModule(nn.Module):
         return state
 
 
+class ActivationQuantizer(nn.Module):
+    """What is done to the inputs of a low-bit matrix before it multiplies them; ``hf_lowbit.format.activations`` says how.
+
+    Args:
+        layout: what is done.
+        tensors: its numbers; None leaves them uninitialised on the meta device, for loading.
+    """
+
+    def __init__(self, layout: ActivationLayout, tensors: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.layout = layout
+        for name, wanted in layout.fields.items():
+            empty = torch.empty(wanted.shape, dtype=wanted.dtype, device="meta")
+            self.register_buffer(name, empty if tensors is None else tensors[name])
+
+    @property
+    def activations(self) -> Activations:
+        """Layout and tensors."""
+        return Activations(self.layout, {name: self.get_buffer(name) for name in self.layout.fields})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What reaches the matrix for inputs ``[..., in_features]``."""
+        return self.activations(x)
+
+    def extra_repr(self) -> str:
+        """What is done, for ``print(model)``."""
+        return describe(self.layout)
+
+
+def describe(layout: ActivationLayout) -> str:
+    """An activation layout in words."""
+    spec, words = layout.spec, []
+    if spec is not None:
+        words = [f"{spec.bits} bits per {spec.per}", "static" if spec.static else "dynamic"]
+        words += ["symmetric"] * spec.symmetric + [f"{layout.high} channels at {layout.high_bits} bits"] * bool(layout.high)
+    given = {
+        "split and merged": layout.members,
+        "shifted": layout.shifted,
+        "divided": layout.scaled,
+        "rotated": layout.rotated,
+    }
+    return ", ".join([*words, *(word for word, there in given.items() if there)])
+
+
 class LowBitLinear(LowBitModule):
     """``y = x W^T + b`` with a low-bit ``W`` ``[out_features, in_features]`` and a bias in high precision.
+
+    With an :class:`ActivationQuantizer` in ``activation``, inputs are rewritten and rounded first. The product is then of
+    whole numbers where both sides allow it (``hf_lowbit.kernels.integer``), else an exact float one, which gives the same.
 
     Args:
         in_features, out_features: as of ``nn.Linear``.
@@ -80,6 +133,7 @@ class LowBitLinear(LowBitModule):
         super().__init__()
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.activation: ActivationQuantizer | None = None
 
     @classmethod
     def from_tensor(cls, tensor: LowBitTensor, bias: Tensor | None = None) -> LowBitLinear:
@@ -94,16 +148,56 @@ class LowBitLinear(LowBitModule):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_features]`` to ``[..., out_features]``, in the dtype of ``x``."""
         backend, prepared = self.prepared()
+        if isinstance(prepared, integer.IntegerMatrix):
+            if not (torch.is_grad_enabled() and x.requires_grad):
+                return prepared.linear(x, cast("Tensor | None", self.bias))
+            backend, prepared = reference.REFERENCE, reference.stored(prepared.record)
+        x = x if self.activation is None else self.activation(x)
         return backend.linear(x, prepared) if self.bias is None else backend.linear(x, prepared, self.bias)
 
+    @property
+    def simulated(self) -> str | None:
+        """Why rounded inputs are not multiplied in whole numbers, or None where they are."""
+        if self.activation is None:
+            return "its inputs are not rounded"
+        return integer.unfit(self.lowbit(), self.activation.layout)
+
+    def _prepare(self, backend: Any, parameter: str) -> Any:
+        if self.activation is not None and self.simulated is None:
+            return integer.integer_matrix(self.lowbit(), self.activation.activations)
+        prepared = super()._prepare(backend, parameter)
+        if self.activation is not None and isinstance(prepared, cpu.Prepared):
+            return prepared._replace(auto=cpu.EXACT)  # the kernel must not round again what was rounded here
+        return prepared
+
     def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the module this one replaced would hold it."""
+        """The weight as the module this one replaced would hold it; what is done to its inputs is multiplied in."""
         weight = self.lowbit().dequantize(dtype)
+        if self.activation is not None:
+            units = torch.eye(self.in_features, dtype=torch.float64, device=weight.device)
+            weight = (weight.double() @ self.activation.activations.exact(units).T).to(dtype)
         return weight.T.contiguous() if self.transposed else weight
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def put_activations(model: nn.Module, found: Mapping[str, ActivationQuantizer]) -> None:
+    """Give low-bit linear layers, by module name, what is to be done to their inputs.
+
+    Raises:
+        FormatError: a name that is no low-bit linear layer.
+    """
+    for name, quantizer in found.items():
+        try:
+            module = model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if not isinstance(module, LowBitLinear):
+            raise FormatError(f"the header lists activations of {name!r}, which is no low-bit linear layer of the model.")
+        module.activation = quantizer
+        module.__dict__.pop("_prepared", None)
 
 
 class LowBitEmbedding(LowBitModule):

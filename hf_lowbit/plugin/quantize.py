@@ -10,12 +10,21 @@ import torch
 
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.format.serialize import field_name
-from hf_lowbit.pipeline.run import MemoryStore, Report
+from hf_lowbit.pipeline.run import MemoryStore
 from hf_lowbit.plugin.auto import resolve
-from hf_lowbit.plugin.compress import calibration_for, compress, with_provenance
+from hf_lowbit.plugin.compress import (
+    Outcome,
+    calibration_for,
+    compress,
+    is_streamed,
+    prepare_targets,
+    round_activations,
+    with_provenance,
+)
 from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.quantizer import LowBitQuantizer, quantize_into
-from hf_lowbit.plugin.targets import Targets, find_targets, replace_modules
+from hf_lowbit.plugin.rewrite import Rewriting
+from hf_lowbit.plugin.targets import Targets, replace_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,13 +62,14 @@ def quantize(
         raise BadRequest("the model is quantized already; dequantize() it first or load the original.")
     found = calibration_for(model, config, tokenizer)
     config = resolve(config, model)
-    targets = find_targets(model, config)
-    if found is None:
+    targets = prepare_targets(model, config)
+    if is_streamed(config):
         _solve_in_place(model, config, targets)
-        report: Report = []
+        round_activations(model, config, targets, Rewriting(), None)
+        outcome = Outcome([])
     else:
-        report = compress(model, config, targets, found, MemoryStore())
-    finish(model, with_provenance(config, found), targets, report)
+        outcome = compress(model, config, targets, found, MemoryStore())
+    finish(model, with_provenance(config, found), targets, outcome)
     return model
 
 
@@ -75,10 +85,11 @@ def _solve_in_place(model: PreTrainedModel, config: LowBitConfig, targets: Targe
             module._buffers[field_name(full.rpartition(".")[2], stored)] = tensor
 
 
-def finish(model: PreTrainedModel, config: LowBitConfig, targets: Targets, report: Report) -> None:
+def finish(model: PreTrainedModel, config: LowBitConfig, targets: Targets, outcome: Outcome) -> None:
     """Make a model whose matrices were replaced a quantized one in the eyes of the host."""
     quantizer = LowBitQuantizer(config, pre_quantized=False)
-    quantizer.targets, quantizer.report = targets, report
+    quantizer.targets, quantizer.report, quantizer.steps = targets, outcome.report, outcome.steps
+    quantizer.in_memory = True
     model.hf_quantizer = quantizer
     model.quantization_method = config.quant_method
     quantizer.postprocess_model(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,12 +28,29 @@ from hf_lowbit.format.spec import Spec
 from hf_lowbit.kernels import cpu_library
 from hf_lowbit.pipeline.run import MemoryStore
 from hf_lowbit.plugin.auto import resolve
-from hf_lowbit.plugin.compress import calibration_for, check_calibration, compress, with_provenance
+from hf_lowbit.plugin.compress import (
+    calibration_for,
+    check_calibration,
+    compress,
+    is_streamed,
+    prepare_targets,
+    round_activations,
+    with_provenance,
+)
 from hf_lowbit.plugin.config import LowBitConfig
+from hf_lowbit.plugin.default_cache import HOOK, use_low_bit_cache
 from hf_lowbit.plugin.experts import LowBitExperts, to_dense
 from hf_lowbit.plugin.fused import fuse
 from hf_lowbit.plugin.hub import give_card
-from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitLinear, LowBitModule, LowBitTiedHead
+from hf_lowbit.plugin.modules import (
+    ActivationQuantizer,
+    LowBitEmbedding,
+    LowBitLinear,
+    LowBitModule,
+    LowBitTiedHead,
+    put_activations,
+)
+from hf_lowbit.plugin.rewrite import DONE, Rewriting
 from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
 from hf_lowbit.solvers import solve
 
@@ -51,6 +69,8 @@ class LowBitQuantizer(HfQuantizer):
         self.targets = Targets()
         self.failure: LowBitError | None = None
         self.report: list[dict[str, Any]] = []
+        self.steps: list[dict[str, str]] = []  # what was done to the model before it was quantized
+        self.in_memory = False  # whether quantize() did the work
         self._dense_files: list[Path] | None = None  # of a dense checkpoint to calibrate once it is loaded
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -78,12 +98,14 @@ class LowBitQuantizer(HfQuantizer):
                     )
                 module.install(parameter, layout)
                 hold_place(module, parameter)
+            put_activations(model, {name: ActivationQuantizer(layout) for name, layout in record.activations.items()})
+            self.steps = list(record.transforms)
             _check_complete(model, files)
             return
         config = self.quantization_config = resolve(self.quantization_config, model)
         check_calibration(config)
         self.targets = find_targets(model, config)
-        if config.calibration is not None:
+        if not is_streamed(config):
             self._dense_files = [Path(file) for file in _safetensors(kwargs.get("checkpoint_files"))]
         else:
             replace_modules(model, self.targets.chosen, dtype)
@@ -107,12 +129,15 @@ class LowBitQuantizer(HfQuantizer):
             raise self.failure
         if self._dense_files is not None:
             self._calibrate(model, self._dense_files)
+        elif not self.pre_quantized and self.failure is None and not self.in_memory:
+            round_activations(model, self.quantization_config, self.targets, Rewriting(), None)
         self._keep_what_is_new(model)
         for _, module in low_bit_modules(model):
             for parameter in module.layouts:
                 module.__dict__.pop(parameter, None)
         prepare(model)
         fuse(model)
+        use_low_bit_cache(model, self.quantization_config.kv_cache)
         # Saved names are module names: the host's renamings on save would miss the header's record.
         model._weight_conversions = []
         give_card(model)
@@ -121,7 +146,9 @@ class LowBitQuantizer(HfQuantizer):
         """Quantize the dense model that was just loaded."""
         self._dense_files, config = None, self.quantization_config
         found = calibration_for(model, config)
-        self.report = compress(model, config, self.targets, found, MemoryStore(), files)
+        self.targets = prepare_targets(model, config)
+        outcome = compress(model, config, self.targets, found, MemoryStore(), files)
+        self.report, self.steps = outcome.report, outcome.steps
         self.quantization_config = model.config.quantization_config = with_provenance(config, found)
 
     def _keep_what_is_new(self, model: PreTrainedModel) -> None:
@@ -143,10 +170,12 @@ class LowBitQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """The header entries of every file ``save_pretrained`` writes."""
-        return None, record_of(model, self.targets.kept).to_metadata()
+        return None, record_of(model, self.targets.kept, self.steps).to_metadata()
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dequantize_modules(model, dtype or torch.float32)
+        if self.steps:  # so that nobody applies them again
+            setattr(model.config, DONE, list(dict.fromkeys(step["transform"] for step in self.steps)))
         return model
 
     def is_serializable(self) -> bool:
@@ -253,10 +282,13 @@ def quantize_into(module: LowBitModule, full_name: str, weight: Tensor, spec: Sp
     return dict(tensor.tensors)
 
 
-def record_of(model: PreTrainedModel, kept: dict[str, str]) -> Record:
+def record_of(model: PreTrainedModel, kept: dict[str, str], steps: Sequence[dict[str, str]] = ()) -> Record:
     """Header record of a model: layouts and checksums of everything in its state dict."""
     layouts, ends = {}, []
+    activations = {}
     for name, module in low_bit_modules(model):
+        if isinstance(module, LowBitLinear) and module.activation is not None:
+            activations[name] = module.activation.layout
         for parameter, layout in module.layouts.items():
             layouts[f"{name}.{parameter}"] = layout
             if module in ends_of(model):
@@ -268,7 +300,7 @@ def record_of(model: PreTrainedModel, kept: dict[str, str]) -> Record:
         stored_there = source is not None and source.data_ptr() == tensor.data_ptr()
         if not tensor.is_meta and not stored_there:
             checksums[name] = checksum(tensor)
-    return Record(layouts, checksums, kept, tuple(ends))
+    return Record(layouts, checksums, kept, tuple(ends), activations, tuple(steps))
 
 
 def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -288,7 +320,7 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tied = True
     if tied:
         retie_record(model)
-    for name in ("push_to_hub", "_weight_conversions"):
+    for name in ("push_to_hub", "_weight_conversions", HOOK):
         model.__dict__.pop(name, None)
 
 

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "exponential.h"
 #include "half.h"
 
 namespace lowbit {
@@ -53,10 +54,16 @@ inline void softmax(float* scores, int64_t length) {
     float top = scores[0];
     for (int64_t i = 1; i < length; ++i) top = scores[i] > top ? scores[i] : top;
     if (!(top > -std::numeric_limits<float>::infinity())) top = 0;
+    for (int64_t i = 0; i < length; ++i) scores[i] = exponential(scores[i] - top);
     float total = 0;
-    for (int64_t i = 0; i < length; ++i) total += scores[i] = std::exp(scores[i] - top);
+    for (int64_t i = 0; i < length; ++i) total += scores[i];
     const float share = total > 0 ? 1 / total : 0;
     for (int64_t i = 0; i < length; ++i) scores[i] *= share;
+}
+
+// gate = silu(gate) * up, silu(x) = x / (1 + e**-x)
+void gate_silu(float* gate, const float* up, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
 // All queries of sequence `b` that share the keys of head `h`.

@@ -3,6 +3,7 @@
 #include "activations.h"
 #include "attention.h"
 #include "matrix.h"
+#include "packed_cache.h"
 
 namespace lowbit {
 
@@ -23,6 +24,10 @@ struct Body {
                         int8_t* tables, float* y);
     // All queries of one sequence that share one head of keys.
     void (*attend_head)(const Attention&, int sequence, int head, float* scratch);
+    // The same over a packed cache.
+    void (*attend_packed)(const LowbitKv&, int sequence, int head, float* scratch);
+    // gate = silu(gate) * up
+    void (*gate_silu)(float* gate, const float* up, int64_t count);
 };
 
 const Body* body_portable();

@@ -4,6 +4,7 @@
 #if defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512VNNI__)
 #include "isa_avx512.h"
 #include "attend.h"
+#include "attend_packed.h"
 #include "tile.h"
 
 namespace lowbit {
@@ -14,7 +15,7 @@ const Body* body_avx512() {
                                return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
                            },
-                           round_row, tiles_int8, tiles_exact, attend_head};
+                           round_row, tiles_int8, tiles_exact, attend_head, attend_packed, gate_silu};
     return &body;
 }
 

@@ -8,6 +8,7 @@
 
 #include "isa_neon.h"
 #include "attend.h"
+#include "attend_packed.h"
 #include "tile.h"
 
 namespace lowbit {
@@ -24,7 +25,7 @@ const Body* body_neon() {
                                return false;  // nobody to ask
 #endif
                            },
-                           round_row, tiles_int8, tiles_exact, attend_head};
+                           round_row, tiles_int8, tiles_exact, attend_head, attend_packed, gate_silu};
     return &body;
 }
 

@@ -90,9 +90,27 @@ int32_t attend(const LowbitLayer& l, const Attention& a) {
 
 // gate = silu(gate) * up
 void activate(const LowbitLayer& l, float* gate, const float* up, int64_t count) {
-    parallel_for(count, 1024, threads_for(l, count * 16), [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) gate[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    parallel_for(count, 1024, threads_for(l, count * 4), [&](int64_t first, int64_t last) {
+        body().gate_silu(gate + first, up + first, last - first);
     });
+}
+
+// Everything behind attention: o, norm, gate, up, down, and both residuals.
+int32_t output(const LowbitLayer& l, const void* x, const float* mixed, int64_t rows, void* y) {
+    std::unique_ptr<float[]> room = floats(rows * (3 * int64_t(l.hidden) + 2 * int64_t(l.inner)));
+    if (!room) return LOWBIT_E_MEMORY;
+    float *hidden = room.get(), *normed = hidden + rows * l.hidden;
+    float *out = normed + rows * l.hidden, *gate = out + rows * l.hidden, *up = gate + rows * l.inner;
+    if (const int32_t wrong = product(l, kO, 1, mixed, rows, &out)) return wrong;
+    widen(l, x, rows * l.hidden, hidden);
+    for (int64_t i = 0; i < rows * l.hidden; ++i) hidden[i] += out[i];
+    norm_rows(l, kMiddle, hidden, rows, normed);
+    float* const inner[2] = {gate, up};
+    if (const int32_t wrong = product(l, kGate, 2, normed, rows, inner)) return wrong;
+    activate(l, gate, up, rows * l.inner);
+    if (const int32_t wrong = product(l, kDown, 1, gate, rows, &out)) return wrong;
+    for (int64_t i = 0; i < rows * l.hidden; ++i) write_number(y, i, l.dtype, hidden[i] + out[i]);
+    return 0;
 }
 
 }  // namespace
@@ -141,12 +159,10 @@ int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float
     const LowbitLayer& l = *layer;
     const int64_t rows = int64_t(batch) * tokens, wide = int64_t(l.heads) * l.dim;
     if (!fits(l)) return LOWBIT_E_MATRIX;
-    std::unique_ptr<float[]> room = floats(rows * (wide + 3 * int64_t(l.hidden) + 2 * int64_t(l.inner)));
-    if (!room) return LOWBIT_E_MEMORY;
-    float *mixed = room.get(), *hidden = mixed + rows * wide, *normed = hidden + rows * l.hidden;
-    float *out = normed + rows * l.hidden, *gate = out + rows * l.hidden, *up = gate + rows * l.inner;
+    std::unique_ptr<float[]> mixed = floats(rows * wide);
+    if (!mixed) return LOWBIT_E_MEMORY;
     Attention a{};
-    a.queries = queries, a.out = mixed, a.keys = cache->keys, a.values = cache->values, a.dtype = l.dtype;
+    a.queries = queries, a.out = mixed.get(), a.keys = cache->keys, a.values = cache->values, a.dtype = l.dtype;
     a.key_batch = cache->key_strides[0], a.key_head = cache->key_strides[1], a.key_token = cache->key_strides[2];
     a.value_batch = cache->value_strides[0], a.value_head = cache->value_strides[1], a.value_token = cache->value_strides[2];
     a.mask = mask->data, a.mask_kind = mask->kind;
@@ -154,16 +170,13 @@ int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float
     a.batch = batch, a.tokens = tokens, a.heads = l.heads, a.kv_heads = l.kv_heads, a.dim = l.dim;
     a.length = cache->length, a.scale = l.scale, a.causal = tokens > 1 && mask->kind == 0;
     if (const int32_t wrong = attend(l, a)) return wrong;
-    if (const int32_t wrong = product(l, kO, 1, mixed, rows, &out)) return wrong;
-    widen(l, x, rows * l.hidden, hidden);
-    for (int64_t i = 0; i < rows * l.hidden; ++i) hidden[i] += out[i];
-    norm_rows(l, kMiddle, hidden, rows, normed);
-    float* const inner[2] = {gate, up};
-    if (const int32_t wrong = product(l, kGate, 2, normed, rows, inner)) return wrong;
-    activate(l, gate, up, rows * l.inner);
-    if (const int32_t wrong = product(l, kDown, 1, gate, rows, &out)) return wrong;
-    for (int64_t i = 0; i < rows * l.hidden; ++i) write_number(y, i, l.dtype, hidden[i] + out[i]);
-    return 0;
+    return output(l, x, mixed.get(), rows, y);
+} catch (const std::exception&) {
+    return LOWBIT_E_MEMORY;
+}
+
+int32_t lowbit_layer_output(const LowbitLayer* layer, const void* x, const float* mixed, int64_t rows, void* y) try {
+    return fits(*layer) ? output(*layer, x, mixed, rows, y) : int32_t(LOWBIT_E_MATRIX);
 } catch (const std::exception&) {
     return LOWBIT_E_MEMORY;
 }

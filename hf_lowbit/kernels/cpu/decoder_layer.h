@@ -35,3 +35,5 @@ LOWBIT_EXPORT int32_t lowbit_layer_start(const LowbitLayer* layer, const void* x
 LOWBIT_EXPORT int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float* queries,
                                           const LowbitCache* cache, const LowbitMask* mask, int32_t batch, int32_t tokens,
                                           void* y);
+// The rest of lowbit_layer_finish where attention was done elsewhere: mixed float [batch, tokens, heads, dim] is its output.
+LOWBIT_EXPORT int32_t lowbit_layer_output(const LowbitLayer* layer, const void* x, const float* mixed, int64_t rows, void* y);

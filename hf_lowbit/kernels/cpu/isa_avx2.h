@@ -53,14 +53,17 @@ struct Isa {
     static Ints start(int32_t bias) { return _mm256_set1_epi32(bias); }
     // Levels of either sign: |level| * (x with the sign of level), at most 2 * 128 * 127 per pair, which fits 16 bits.
     template <int BIAS>
-    static Ints dot(Ints sum, Bytes level, const int8_t* from, int quad) {
-        int32_t four;
-        __builtin_memcpy(&four, from + 4 * quad, 4);
-        const __m256i x = _mm256_set1_epi32(four);
+    static Ints dot(Ints sum, Bytes level, Bytes x) {
         __m256i pairs;
         if constexpr (BIAS != 0) pairs = _mm256_maddubs_epi16(level, x);
         else pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(level), _mm256_sign_epi8(x, level));
         return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
+    template <int BIAS>
+    static Ints dot_quad(Ints sum, Bytes level, const int8_t* x, int quad) {
+        int32_t four;
+        __builtin_memcpy(&four, x + 4 * quad, 4);
+        return dot<BIAS>(sum, level, _mm256_set1_epi32(four));
     }
     static Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
     static Ints minus(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }

@@ -49,10 +49,14 @@ struct Isa {
         return out;
     }
     static Ints start(int32_t bias) { return _mm512_set1_epi32(bias); }
-    // Four bytes of x for every lane; the compilers do not fold the broadcast into the product, which spares every second
-    // instruction of the kernels.
     template <int BIAS>
-    static Ints dot(Ints sum, Bytes level, const int8_t* x, int quad) {
+    static Ints dot(Ints sum, Bytes level, Bytes x) {
+        return _mm512_dpbusd_epi32(sum, level, x);
+    }
+    // With quad `quad` of x for every lane; the compilers do not fold the broadcast into the product, which spares every
+    // second instruction of the kernels.
+    template <int BIAS>
+    static Ints dot_quad(Ints sum, Bytes level, const int8_t* x, int quad) {
         const auto& four = *reinterpret_cast<const int8_t(*)[4]>(x + 4 * quad);
         __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(level), "m"(four));
         return sum;

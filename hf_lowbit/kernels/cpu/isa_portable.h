@@ -75,16 +75,21 @@ struct Isa {
         return each<Bytes>([&](int i) { return table[index.v[i] / 16 % N][0].v[(i & 48) + (index.v[i] & 15)]; });
     }
     static Ints start(int32_t) { return Ints{}; }
-    // Products of the four levels of each lane and those of quad `quad` of a block of x, added to the lane.
+    // Products of the four levels of each lane and four of x, added to the lane.
     template <int BIAS>
-    static Ints dot(const Ints& sum, const Bytes& level, const int8_t* x, int quad) {
+    static Ints dot(const Ints& sum, const Bytes& level, const Bytes& x) {
         Ints out;
         for (int i = 0; i < 16; ++i) {
             int32_t total = sum.v[i];
-            for (int k = 0; k < 4; ++k) total += int(int8_t(level.v[4 * i + k])) * int(x[4 * quad + k]);
+            for (int k = 4 * i; k < 4 * i + 4; ++k) total += int(int8_t(level.v[k])) * int(int8_t(x.v[k]));
             out.v[i] = total;
         }
         return out;
+    }
+    // The same with quad `quad` of x for every lane.
+    template <int BIAS>
+    static Ints dot_quad(const Ints& sum, const Bytes& level, const int8_t* x, int quad) {
+        return dot<BIAS>(sum, level, each<Bytes>([&](int i) { return uint8_t(x[4 * quad + (i & 3)]); }));
     }
     static Ints plus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] + b.v[i]; }); }
     static Ints minus(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] - b.v[i]; }); }
@@ -109,6 +114,7 @@ struct Isa {
         int mask;
     };
     static Levels levels(const float* table, int entries) { return {table, entries - 1}; }
+    // Entry `low BITS bits of the lane` of the table; what lies above them is not looked at.
     template <int BITS>
     static Floats pick(const Levels& t, const Bytes& index) {
         return each<Floats>([&](int i) { return t.table[index.v[4 * i] & t.mask]; });

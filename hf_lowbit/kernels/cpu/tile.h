@@ -93,7 +93,7 @@ inline void add_products(const Bytes level[kQuads], const int8_t* x, const int32
     Ints sum[M][kChains];
     const auto start = [&](int m, int chain) { sum[m][chain] = Isa::start(BIAS && chain == 0 ? bias[m] : 0); };
     const auto dot = [&](int m, int k) {
-        sum[m][k % kChains] = Isa::template dot<BIAS>(sum[m][k % kChains], level[k], x + m * kBlock, k);
+        sum[m][k % kChains] = Isa::template dot_quad<BIAS>(sum[m][k % kChains], level[k], x + m * kBlock, k);
     };
     const auto finish = [&](int m) {
         if constexpr (kChains == 2) sum[m][0] = Isa::plus(sum[m][0], sum[m][1]);
@@ -190,8 +190,8 @@ void rows_int8_ragged(const Walk& w, const Activations& x, int64_t first, float*
                     Ints whole = Isa::start(0);
                     for (int i = k; i < end; ++i) {
                         const int8_t* block = x.rounded + at * kBlock;
-                        whole = Isa::template dot<kBias>(whole, level[i], block, i);
-                        if constexpr (kBias != 0) whole = Isa::minus(whole, Isa::template dot<kBias>(Isa::start(0), Isa::splat(kBias), block, i));
+                        whole = Isa::template dot_quad<kBias>(whole, level[i], block, i);
+                        if constexpr (kBias != 0) whole = Isa::minus(whole, Isa::template dot_quad<kBias>(Isa::start(0), Isa::splat(kBias), block, i));
                     }
                     const Floats part = Isa::mul(Isa::to_floats(whole), Isa::set(x.scale[at]));
                     float* out = y + (t * w.batch + m) * kTile + s * Isa::kLanes;

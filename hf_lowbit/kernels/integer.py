@@ -1,0 +1,142 @@
+"""Products of rounded activations and low-bit matrices in whole numbers.
+
+``y[n, o] = step[n] scale[o] sum_i (q[n, i] - zero[n]) l[o, i]``: the sum is of int8 products in int32, exact, with the zero
+point taken out by the row sums of the levels. What is left in float is the rounding of the inputs itself and one
+multiplication per output. It serves matrices of one stage with one scale per row and integer levels, and activations with
+one step per token or tensor; everything else is simulated (``hf_lowbit.format.activations``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_lowbit.format.activations import ActivationLayout, Activations, numbers, steps_of
+from hf_lowbit.format.tensor import LowBitTensor
+
+# Codes of 8 bits and levels of 8 bits: their products stay below 2**15, so that many of them fit int32.
+MOST_INPUTS = 1 << 16
+_allowed = True
+
+
+@contextmanager
+def simulated() -> Iterator[None]:
+    """Let layers that are prepared inside the block simulate rounding in float instead; for comparison."""
+    global _allowed
+    before, _allowed = _allowed, False
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+@dataclass(frozen=True)
+class Part:
+    """Columns of a matrix whose inputs share their steps.
+
+    Attributes:
+        columns: int64, which; None all.
+        levels: int8 ``[out, n]``.
+        sums: int32 ``[out]``, row sums of ``levels``.
+        bits: of the inputs' codes.
+        steps: (step float32 ``[1]``, zero ``[1]``) if they are static.
+    """
+
+    columns: Tensor | None
+    levels: Tensor
+    sums: Tensor
+    bits: int
+    steps: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class IntegerMatrix:
+    """A matrix ready for integer products.
+
+    Attributes:
+        parts: of its columns.
+        scale: float32 ``[out]``.
+        offset: float32 ``[out]``, what the shift of its inputs gives; None without.
+        activations: what is done to its inputs.
+        record: the stored matrix, for gradients.
+    """
+
+    parts: tuple[Part, ...]
+    scale: Tensor
+    offset: Tensor | None
+    activations: Activations
+    record: LowBitTensor
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``[..., in]`` to ``[..., out]`` in the dtype of ``x``; no gradient."""
+        spec = self.activations.layout.spec
+        assert spec is not None
+        y = self.activations.rewritten(x.float()).reshape(-1, x.shape[-1])
+        total: Tensor | None = None
+        for part in self.parts:
+            own = y if part.columns is None else y[:, part.columns]
+            step, zero = part.steps if part.steps is not None else steps_of(own, spec, part.bits)
+            low = 1 - (1 << (part.bits - 1)) if spec.symmetric else 0
+            high = (1 << (part.bits - 1)) - 1 if spec.symmetric else (1 << part.bits) - 1
+            codes = (torch.round(own / step) + zero).clamp_(low, high)
+            middle = 0 if spec.symmetric else 1 << (part.bits - 1)
+            sums = torch._int_mm((codes - middle).to(torch.int8), part.levels.T)
+            whole = sums + (middle - zero).to(torch.int32) * part.sums
+            scaled = whole.to(torch.float32) * step
+            total = scaled if total is None else total + scaled
+        assert total is not None
+        out = total * self.scale
+        for more in (self.offset, bias):
+            out = out if more is None else out + more.float()
+        return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def unfit(tensor: LowBitTensor, layout: ActivationLayout) -> str | None:
+    """Why a matrix and its activations cannot be multiplied in whole numbers, or None."""
+    stored, spec = tensor.layout, layout.spec
+    if spec is None:
+        return "its inputs are not rounded"
+    if spec.per == "group":
+        return "its inputs have a step per group"
+    if not _allowed or not hasattr(torch, "_int_mm") or tensor.device.type != "cpu":
+        return "not on this device"
+    if len(stored.shape) != 2 or len(stored.stages) != 1 or stored.outliers or stored.rank or stored.permuted:
+        return "it has more than one stage, outliers, a low-rank term or a permutation"
+    stage = stored.stages[0]
+    if stage.offset or stage.rows is not None or stage.group_size < stored.in_features:
+        return "it has more than one scale per row, or offsets"
+    table = tensor.table()
+    if bool((table != table.round()).any()) or float(table.abs().max()) > 128 or len(table) > 1:
+        return f"its levels ({stage.levels.family}) are no integers of 8 bits"
+    return None if stored.in_features < MOST_INPUTS else "its rows are longer than int32 sums allow"
+
+
+def integer_matrix(tensor: LowBitTensor, activations: Activations) -> IntegerMatrix:
+    """The prepared form of a matrix that :func:`unfit` finds nothing against."""
+    layout, spec = activations.layout, activations.layout.spec
+    assert spec is not None
+    levels = tensor.table()[0][tensor.codes().long()][:, : layout.in_features].to(torch.int8).contiguous()
+    scale = tensor.scales().float()[:, 0]
+    steps = None
+    if spec.static:
+        step, zero = numbers(activations.tensors["step"]), activations.tensors["zero"].float()
+        steps = list(zip(step.split(1), zero.split(1), strict=True))
+    chosen: list[tuple[Tensor | None, int]] = [(None, spec.bits)]
+    if layout.high:
+        high = activations.tensors["high"].long()
+        low = torch.ones(layout.in_features, dtype=torch.bool)
+        low[high] = False
+        chosen = [(low.nonzero().flatten(), spec.bits), (high, layout.high_bits)]
+    parts = []
+    for number, (columns, bits) in enumerate(chosen):
+        own = levels if columns is None else levels[:, columns].contiguous()
+        fixed = None if steps is None else steps[number]
+        parts.append(Part(columns, own, own.sum(1, dtype=torch.int32), bits, fixed))
+    offset = None
+    if layout.shifted:
+        offset = tensor.dequantize() @ activations.exact(numbers(activations.tensors["shift"]))
+    return IntegerMatrix(tuple(parts), scale, offset, activations, tensor)

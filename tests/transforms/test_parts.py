@@ -1,0 +1,114 @@
+"""Laws of single transforms: what splitting, merging, bases and searches promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_lowbit.transforms.outlier_suppression_plus import search as search_threshold
+from hf_lowbit.transforms.qllm import assemble, merging_cost
+from hf_lowbit.transforms.registry import Extremes
+from hf_lowbit.transforms.resq import basis
+from hf_lowbit.transforms.rotations import keeping_ones, random_hadamard, random_orthogonal, residual_rotation
+from hf_lowbit.transforms.token_wise_clipping import clipped
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.integers(0, 30), st.integers(1, 2))
+def test_splitting_keeps_the_output_and_bounds_the_largest_value(seed, outliers):
+    x, weight = draw(9, 24, seed=seed), draw(5, 24, seed=seed + 1)
+    x[:, :outliers] *= 10
+    largest = x.abs().amax(0)
+    threshold = float(largest.max()) / 2.5
+    counts = torch.ceil(largest / threshold).clamp_min(1).long()
+    # Twins, so that merging costs nothing either.
+    x[:, 12:] = x[:, 11:12]
+    found = assemble(counts, merging_cost(x, [weight]))
+    assert found is not None
+    given_ = torch.zeros_like(x).index_add(-1, found.target, x[:, found.member] * found.coefficient.float())
+    assert int(counts.max()) == 3
+    assert given_.abs().max() <= threshold * 1.0001
+    torch.testing.assert_close(given_ @ found.columns(weight).T, x @ weight.T, rtol=1e-4, atol=1e-4)
+    assert found.target.max() == 23
+
+
+def test_the_cost_of_merging_is_what_replacing_by_the_mean_costs():
+    x, weight = draw(40, 6), draw(7, 6, seed=1)
+    mean = (x[:, 1] + x[:, 4]) / 2
+    changed = x.clone()
+    changed[:, 1] = changed[:, 4] = mean
+    expected = ((changed - x) @ weight.T).pow(2).sum()
+    torch.testing.assert_close(merging_cost(x, [weight])[1, 4].float(), expected)
+
+
+def test_where_too_many_would_have_to_merge_nothing_is_done():
+    assert assemble(torch.full((8,), 3), torch.ones(8, 8)) is None
+
+
+@pytest.mark.parametrize("size", [12, 48, 50, 64, 172])
+def test_rotations_are_orthogonal_and_keep_what_they_should(size):
+    for matrix in (random_hadamard(size, 0), random_orthogonal(size, 0), residual_rotation(size, True, 0)):
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(size).double(), rtol=0, atol=1e-10)
+    ones = torch.ones(size).double()
+    torch.testing.assert_close(residual_rotation(size, True, 3) @ ones, ones, rtol=0, atol=1e-10)
+    assert float((residual_rotation(size, False, 3) @ ones - ones).abs().max()) > 0.1
+    assert torch.equal(keeping_ones(torch.zeros(0, 0)), torch.ones(1, 1).double())
+
+
+def test_the_last_directions_of_a_basis_hold_the_variance():
+    x = draw(500, 32) * torch.linspace(0.1, 5, 32) @ random_orthogonal(32, 4).float()
+    for count in (0, 4, 32):
+        matrix = basis([x], count, 1)
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(32).double(), rtol=0, atol=1e-10)
+    energy = (x.double() @ basis([x], 4, 1)).pow(2).sum(0)
+    assert energy[-4:].sum() / energy.sum() > 0.9 * x.double().svd().S[:4].pow(2).sum() / x.double().pow(2).sum()
+
+
+class Bench:
+    """Rounds activations to 4 bits per tensor and leaves matrices alone."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        from hf_lowbit.format.activations import ActivationSpec
+
+        self.spec, self._matrix = ActivationSpec(4, "tensor"), matrix
+
+    def matrices(self, site: object) -> list[torch.Tensor]:
+        return [self._matrix]
+
+    def rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
+class Site:
+    """16 channels that nothing can fold."""
+
+    size, producer = 16, None
+
+
+def test_the_threshold_search_shrinks_the_outlier_and_hardly_the_others():
+    even, weight = draw(200, 16), draw(8, 16, seed=1)
+    odd = even.clone()
+    odd[:, 3] = odd[:, 3] * 50 + 70
+    for x, wanted in ((even, False), (odd, True)):
+        low, high = x.amin(0), x.amax(0)
+        factor, centred = search_threshold(Bench(weight), Site(), x, low, high, (low + high) / 2, 20)
+        assert factor is not None
+        if not wanted:
+            assert float(factor.max()) < 2
+            continue
+        assert centred
+        assert int(factor.argmax()) == 3
+        assert float(factor[3]) > 10 * float(factor[4:].max())
+
+
+def test_clipping_drops_the_tokens_beyond_the_quantile():
+    seen = Extremes(-torch.arange(100.0)[:, None], 2 * torch.arange(100.0)[:, None])
+    low, high = clipped(seen, 0.9)
+    assert (float(low), float(high)) == (-89.0, 178.0)
+    low, high = clipped(seen, 1.0)
+    assert (float(low), float(high)) == (-99.0, 198.0)

@@ -1,0 +1,214 @@
+"""What every transform keeps: the function, the way back, the checkpoint, and its place in the order."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import families
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_lowbit import LowBitConfig, quantize
+from hf_lowbit.errors import BadRequest
+from hf_lowbit.format import read_record
+from hf_lowbit.kernels import cpu
+from hf_lowbit.plugin.compress import prepare_targets
+from hf_lowbit.plugin.rewrite import rewrite, unrounded
+from hf_lowbit.transforms import TRANSFORMS
+
+IDS = (torch.arange(24).view(2, 12) * 7) % 240 + 3
+WINDOWS = (torch.arange(8 * 32).view(8, 32) * 13) % 240 + 3
+
+
+def table():
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("transform_table", Path(__file__).with_name("transform_table.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["transform_table"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLE = table()
+CASES = [pytest.param(entry, family, id=f"{entry.name}-{family}") for entry, family in TABLE.CASES]
+REWRITING = [case for case in CASES if TRANSFORMS[case.values[0].name].kind != "range"]
+
+
+def uneven(family: str):
+    """A model of a family whose norms and biases are not those of a new one."""
+    model = families.make_model(family)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    return model
+
+
+def config_of(entry) -> LowBitConfig:
+    data = WINDOWS if TRANSFORMS[entry.name].needs in ("inputs", "rounding") else None
+    return LowBitConfig(method="rtn", bits=8, transforms=[entry.asked], activation_bits=entry.activations, calibration=data)
+
+
+def test_every_transform_has_a_row():
+    assert {entry.name for entry in TABLE.ROWS} == set(TRANSFORMS)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("entry", "family"), REWRITING)
+def test_the_function_stays_and_undoing_brings_the_weights_back(entry, family):
+    model, config = uneven(family), config_of(entry)
+    before = model(IDS).logits
+    stored = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    done = rewrite(model, config, prepare_targets(model, config), config.calibration)
+    with unrounded(model, done.intakes):
+        off = (model(IDS).logits - before).abs()
+    assert float(off.max()) < 1e-3 if entry.exact else float(off.norm() / before.norm()) < 0.3
+    assert done.steps
+    assert {step["transform"] for step in done.steps} == {entry.name}
+    for step in reversed(done.bench.steps):
+        step.inverse().apply(done.bench.weights)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        torch.testing.assert_close(parameter.detach(), stored[name], rtol=1e-4, atol=1e-5)
+
+
+LOAD = """
+import sys, torch, hf_lowbit
+from transformers import AutoModelForCausalLM
+ids = torch.load(sys.argv[1] + "/ids")
+for name in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/" + name).eval()
+    text = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    torch.save((model(ids).logits.detach(), text), sys.argv[1] + "/" + name + ".out")
+"""
+
+
+@torch.no_grad()
+def test_a_fresh_process_loads_the_same_models(tmp_path):
+    torch.save(IDS, tmp_path / "ids")
+    made = {}
+    for entry in TABLE.ROWS:
+        dense = uneven(entry.families[-1])
+        dense.save_pretrained(tmp_path / "dense")
+        low = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config_of(entry)).eval()
+        low.save_pretrained(tmp_path / entry.name)
+        text = low.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        made[entry.name] = dense(IDS).logits, low(IDS).logits, text
+    command = [sys.executable, "-c", LOAD, str(tmp_path), *made]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, (dense, low, text) in made.items():
+        logits, again = torch.load(tmp_path / f"{name}.out")
+        assert torch.equal(logits, low), name
+        assert torch.equal(again, text), name
+        assert (logits - dense).norm() / dense.norm() < (0.1 if name != "qllm" else 0.6)
+        record = read_record([tmp_path / name / "model.safetensors"])
+        assert record.activations
+        assert {step["transform"] for step in record.transforms} == {name} - {"token_wise_clipping"}
+
+
+@torch.no_grad()
+def test_a_dequantized_model_computes_the_same_without_rounding_and_remembers():
+    model = uneven("llama")
+    config = LowBitConfig(method="rtn", bits=8, transforms=["hadamard"])
+    dense, low = model(IDS).logits, quantize(model, config)
+    with cpu.arithmetic("exact"):
+        found = low(IDS).logits
+    plain = low.dequantize()
+    torch.testing.assert_close(plain(IDS).logits, found, rtol=1e-3, atol=1e-3)
+    assert (found - dense).norm() / dense.norm() < 0.04
+    with pytest.raises(BadRequest, match=r"'hadamard' was applied to this model before .* Start from the original"):
+        quantize(plain, config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"transforms": ["gama_migration"]}, ("unknown transform 'gama_migration'", "Did you mean 'gamma_migration'?")),
+        ({"transforms": ["awq", "awq"]}, ("'awq' is asked for twice",)),
+        ({"transforms": ["hadamard", "awq"]}, ("'awq' cannot come after 'hadamard'", "Put 'awq' first")),
+        ({"transforms": [{"name": "awq", "gird": 3}]}, ("unknown setting of transform 'awq' 'gird'", "'grid'")),
+        ({"transforms": [{"name": "smoothquant", "alpha": "x"}]}, ("takes a value like 0.5, got 'x'",)),
+        ({"transforms": ["outlier_suppression_plus"]}, ("fitted to how activations are rounded", "--activation-bits")),
+        ({"transforms": ["token_wise_clipping"], "activation_bits": 8}, ("chooses static ranges", "static=True")),
+        ({"activation_bits": 16}, ("activation_bits must be a whole number from 2 to 8", "got 16")),
+        ({"activation_bits": {"bits": 8, "static": True}}, ("a step per token cannot be static", "per='tensor'")),
+        ({"activation_bits": {"bit": 8}}, ("unknown activation setting 'bit'", "'bits'")),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(settings, words):
+    with pytest.raises(BadRequest) as error:
+        LowBitConfig(**settings)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_requests_that_need_data_or_find_nothing_are_refused():
+    with pytest.raises(BadRequest, match="'awq' needs calibration data and was given none"):
+        quantize(uneven("llama"), LowBitConfig(transforms=["awq"]))
+    static = {"bits": 8, "per": "tensor", "static": True}
+    with pytest.raises(BadRequest, match="static activation quantization needs calibration data"):
+        quantize(uneven("llama"), LowBitConfig(activation_bits=static))
+    with pytest.raises(BadRequest, match=r"needs at least 128 tokens of calibration text .* got 32"):
+        quantize(uneven("llama"), LowBitConfig(method="rtn", transforms=["awq"], calibration=WINDOWS[:1]))
+    model = uneven("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.zero_()
+    with pytest.raises(BadRequest, match=r"'gamma_migration' found nothing .* most of its gains are zero"):
+        quantize(model, LowBitConfig(method="rtn", transforms=["gamma_migration"]))
+
+
+def test_a_tied_head_is_given_its_own_table_and_that_is_said(caplog):
+    model = uneven("llama-tied-172")
+    quantize(model, LowBitConfig(method="rtn", bits=8, transforms=["hadamard"]))
+    assert not model.config.tie_word_embeddings
+    assert "the head gets its own, 65,536 bytes more" in caplog.text
+
+
+@torch.no_grad()
+def test_static_ranges_are_those_of_the_calibration_text():
+    spec = {"bits": 8, "per": "tensor", "static": True}
+    settings = {
+        "method": "rtn",
+        "bits": 8,
+        "group_size": -1,
+        "scale_bits": 16,
+        "activation_bits": spec,
+        "quantize_embeddings": False,
+    }
+    low = quantize(uneven("llama"), LowBitConfig(**settings, calibration=WINDOWS))
+    module = low.model.layers[0].self_attn.q_proj
+    assert module.simulated is None  # so that the steps in force must be those that were found, not what preparing saw
+    seen: list[torch.Tensor] = []
+    dense = uneven("llama")
+    dense.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    dense(WINDOWS)
+    step = (seen[0].max() - seen[0].min()) / 255
+    torch.testing.assert_close(module.activation.step.view(torch.float32), step[None], rtol=1e-4, atol=0)
+    assert torch.equal(module.prepared()[1].parts[0].steps[0], module.activation.step.view(torch.float32))
+    expected = dense(IDS).logits
+    assert (low(IDS).logits - expected).norm() / expected.norm() < 0.1
+
+
+@torch.no_grad()
+def test_a_transform_that_would_lose_leaves_every_site_and_is_no_error():
+    model = uneven("llama")
+    for name, parameter in model.named_parameters():
+        if "layernorm" in name:  # outliers of the norms undo those of the columns that read them
+            parameter.mul_(torch.where(torch.arange(64) == 3, 1e-3, 1.0))
+            owner = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+            readers = ("q_proj", "k_proj", "v_proj") if "input" in name else ("gate_proj", "up_proj")
+            block = owner.self_attn if "input" in name else owner.mlp
+            for reader in readers:
+                getattr(block, reader).weight[:, 3] *= 1e3
+    config = LowBitConfig(method="rtn", bits=8, activation_bits=8, transforms=["gamma_migration"], calibration=WINDOWS)
+    done = rewrite(model, config, prepare_targets(model, config), WINDOWS)
+    folded = {step["site"] for step in done.steps}
+    assert all(
+        "costs less where it is" in reason for site, reason in done.skipped if site not in folded and "layers" in site
+    )
