@@ -18,6 +18,7 @@
 #include "body.h"
 #include "half.h"
 #include "lowbit_cpu.h"
+#include "packed_cache.h"
 
 namespace {
 
@@ -252,6 +253,75 @@ void check_attention(const std::vector<std::string>& isas, int dtype) {
     }
 }
 
+// Rows and packed blocks of a cache in buffers of exactly their size, by every body and the portable one.
+struct PackedCache {
+    std::vector<std::vector<uint8_t>> bytes;
+    std::vector<std::vector<uint16_t>> halves;
+    std::vector<float> levels, queries;
+    LowbitKv kv{};
+
+    const uint8_t* codes(int64_t count) {
+        bytes.emplace_back(size_t(count));
+        for (auto& byte : bytes.back()) byte = uint8_t(draw(256));
+        return bytes.back().data();
+    }
+    const uint16_t* numbers(int64_t count, float size) {
+        halves.emplace_back();
+        for (int64_t i = 0; i < count; ++i) halves.back().push_back(lowbit::float_to_half(unit() * size));
+        return halves.back().data();
+    }
+
+    PackedCache() {
+        kv.batch = 1 + int(draw(2)), kv.heads = 1 + int(draw(2)), kv.group = 1 + int(draw(5)), kv.tokens = 1 + int(draw(2));
+        kv.dim = 16 * (1 + int(draw(6))), kv.scale = 0.2f, kv.threads = 1 + int(draw(3));
+        const int64_t heads = int64_t(kv.batch) * kv.heads;
+        for (int i = 0; i < 16; ++i) levels.push_back(float(i - 8));
+        for (LowbitBlocks& s : kv.blocks) {
+            s.key_bits = 2 + int(draw(3)), s.value_bits = 2 + int(draw(3)), s.count = draw(3);
+            s.keys_by_channel = draw(2) != 0, s.values_by_channel = draw(2) != 0;
+            s.keys = codes(heads * s.count * 8 * kv.dim * s.key_bits), s.values = codes(heads * s.count * 8 * kv.dim * s.value_bits);
+            const int64_t keys = heads * s.count * (s.keys_by_channel ? kv.dim : 64), values = heads * s.count * (s.values_by_channel ? kv.dim : 64);
+            s.key_scale = numbers(keys, 0.2f), s.key_offset = numbers(keys, 0.5f);
+            s.value_scale = numbers(values, 0.2f), s.value_offset = numbers(values, 0.5f);
+            s.key_levels = s.value_levels = levels.data();
+            kv.length += 64 * s.count;
+        }
+        kv.block_count = kLowbitMaxBlocks;
+        for (int kind : {int(LOWBIT_F16), lowbit::kRowInt8}) {
+            LowbitRows& r = kv.rows[kv.row_count++];
+            r.kind = kind, r.length = kv.tokens + draw(90), r.room = r.length, r.first = kv.length;
+            const int64_t count = heads * r.room * kv.dim;
+            r.keys = kind == LOWBIT_F16 ? static_cast<const void*>(numbers(count, 1)) : codes(count);
+            r.values = kind == LOWBIT_F16 ? static_cast<const void*>(numbers(count, 1)) : codes(count);
+            r.key_scale = numbers(heads * r.room, 0.01f), r.value_scale = numbers(heads * r.room, 0.01f);
+            kv.length += r.length;
+        }
+        for (int64_t i = 0; i < heads * kv.group * kv.tokens * kv.dim; ++i) queries.push_back(unit());
+        kv.queries = kv.turned = queries.data();
+        kv.query_token = kv.dim, kv.query_head = kv.tokens * kv.dim, kv.query_batch = kv.query_head * kv.heads * kv.group;
+        kv.turned_token = kv.query_token, kv.turned_head = kv.query_head, kv.turned_batch = kv.query_batch;
+    }
+
+    std::vector<float> attend(const std::string& isa) {
+        choose(isa);
+        std::vector<float> out(queries.size());
+        kv.out = out.data();
+        if (lowbit_kv_attend(&kv)) fail("packed cache", kv.dim, kv.group, 0, 0);
+        return out;
+    }
+};
+
+void check_packed(const std::vector<std::string>& isas) {
+    PackedCache cache;
+    const std::vector<float> plain = cache.attend("portable");
+    for (const std::string& isa : isas) {
+        const std::vector<float> found = cache.attend(isa);
+        for (size_t i = 0; i < found.size(); ++i) {
+            if (!(std::fabs(found[i] - plain[i]) <= 2e-5)) fail(("packed cache, " + isa).c_str(), cache.kv.dim, int(i), found[i], plain[i]);
+        }
+    }
+}
+
 // Several callers at once, whose calls want the same workers.
 void check_callers() {
     Shape shape{};
@@ -285,6 +355,7 @@ int main(int count, char** names) {
         }
     }
     for (int k = 0; k < 10; ++k) check_attention(isas, k % 2);
+    for (int k = 0; k < 40; ++k) check_packed(isas);
     choose(isas[0]);
     check_callers();
     std::printf("%d products on each of", products);

@@ -52,10 +52,15 @@ struct Isa {
     static Ints dot(Ints sum, Bytes level, Bytes x) {
         return vdotq_s32(sum, vreinterpretq_s8_u8(level), vreinterpretq_s8_u8(x));
     }
-    // A product by one lane of a register of x: broadcasting each quad would cost as much as the product. `quad` is known once
-    // loops are unrolled.
+    // Where loops are unrolled `quad` is known: then a product by one lane of a register of x, since broadcasting each quad costs
+    // as much as the product.
     template <int BIAS>
     static Ints dot_quad(Ints sum, Bytes level, const int8_t* x, int quad) {
+        if (!__builtin_constant_p(quad)) {
+            int32_t bits;
+            std::memcpy(&bits, x + 4 * quad, 4);
+            return dot<BIAS>(sum, level, vreinterpretq_u8_s32(vdupq_n_s32(bits)));
+        }
         const int8x16_t a = vreinterpretq_s8_u8(level), four = vld1q_s8(x + quad / 4 * 16);
         switch (quad % 4) {
             case 0: return vdotq_laneq_s32(sum, a, four, 0);
@@ -95,7 +100,8 @@ struct Isa {
     template <int BITS>
     static Floats pick(const Levels& t, Bytes index) {
         const Bytes lowest = bytes(uint32x4_t{0, 0x04040404, 0x08080808, 0x0c0c0c0c}), of_float = bytes(vdupq_n_u32(0x03020100));
-        const Bytes at = vsliq_n_u8(of_float, vqtbl1q_u8(index, lowest), 2);
+        const Bytes entry = vandq_u8(vqtbl1q_u8(index, lowest), splat((1 << BITS) - 1));
+        const Bytes at = vsliq_n_u8(of_float, entry, 2);
         Bytes found;
         if constexpr (BITS <= 2) found = vqtbl1q_u8(t.all.val[0], at);
         else if constexpr (BITS == 3) found = vqtbl2q_u8({{t.all.val[0], t.all.val[1]}}, at);

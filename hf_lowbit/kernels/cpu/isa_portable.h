@@ -114,6 +114,7 @@ struct Isa {
         int mask;
     };
     static Levels levels(const float* table, int entries) { return {table, entries - 1}; }
+    // Entry `low BITS bits of the lane` of the table; what lies above them is not looked at.
     template <int BITS>
     static Floats pick(const Levels& t, const Bytes& index) {
         return each<Floats>([&](int i) { return t.table[index.v[4 * i] & t.mask]; });
