@@ -146,6 +146,7 @@ def test_a_prompt_behind_a_packed_past_counts_attention_as_one_prompt_does(model
     assert len(kept[0] & kept[1]) > 0.6 * len(kept[1])
 
 
+@pytest.mark.slow
 def test_a_compiled_model(small):
     ids = torch.randint(3, 128, (1, 120), generator=torch.Generator().manual_seed(1))
     plain = logits(small, ids, LowBitCache(small.config, low_bits=4, recent=16), 100)
