@@ -73,6 +73,8 @@ def fidelity(args: argparse.Namespace) -> dict[str, Any]:
     true = log_probabilities(model, ids, DynamicCache(config=model.config))
     rows = {}
     for name, make in rivals(model.config, args.recent).items():
+        if args.only and not name.startswith(tuple(args.only.split(","))):
+            continue
         cache = make()
         found = log_probabilities(model, ids, cache)
         divergence = torch.nn.functional.kl_div(found, true, log_target=True, reduction="none").sum(-1)
