@@ -236,6 +236,8 @@ def people_by_group(args: argparse.Namespace) -> dict[str, list[str]]:
         for row in pairs(args.pairs, args.rows):
             groups.setdefault(f"{row['dataset']} ({row['file']})", []).append(row["human"])
         groups = {name: list(dict.fromkeys(texts))[:GROUP] for name, texts in groups.items()}
+    if args.stories:
+        groups["TinyStories (GPT-3.5 and GPT-4 wrote them, not people)"] = read_stories(args.stories)[:GROUP]
     return groups
 
 
