@@ -37,7 +37,7 @@ inline void exp_row(float* x, int count, float minus) {
         int32_t bits, power;
         std::memcpy(&bits, &shifted, 4);
         std::memcpy(&power, &p, 4);
-        power += (bits - 0x4b400000) << 23;
+        power += (bits - 0x4b400000) * (1 << 23);
         float out;
         std::memcpy(&out, &power, 4);
         x[i] = given < -87.0f ? 0.0f : out;
