@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "attend.h"
+#include "exponential.h"
 #include "half.h"
 #include "packed_cache.h"
 
@@ -19,29 +20,8 @@ constexpr int kVector = Isa::kLanes * 4;                 // bytes
 constexpr int kAtOnce = Isa::kLanes == 16 ? 4 : 2;       // queries whose sums stay in registers
 constexpr int kKvTiles = 4, kTokensOfTile = 16;
 
-// exp of numbers up to 0, within 2e-7 of it; 0 below -87. In plain C++ for the compiler to vectorize.
 inline void exp_row(float* x, int count, float minus) {
-    for (int i = 0; i < count; ++i) {
-        const float given = x[i] - minus;
-        const float v = given < -87.0f ? -87.0f : given;
-        const float shifted = v * 1.44269504f + 12582912.0f;  // rounds to a whole number, held in the low bits
-        const float whole = shifted - 12582912.0f;
-        const float r = (v - whole * 0.693359375f) + whole * 2.12194440e-4f;
-        float p = 1.9875691500e-4f;
-        p = p * r + 1.3981999507e-3f;
-        p = p * r + 8.3334519073e-3f;
-        p = p * r + 4.1665795894e-2f;
-        p = p * r + 1.6666665459e-1f;
-        p = p * r + 5.0000001201e-1f;
-        p = p * r * r + r + 1.0f;
-        int32_t bits, power;
-        std::memcpy(&bits, &shifted, 4);
-        std::memcpy(&power, &p, 4);
-        power += (bits - 0x4b400000) * (1 << 23);
-        float out;
-        std::memcpy(&out, &power, 4);
-        x[i] = given < -87.0f ? 0.0f : out;
-    }
+    for (int i = 0; i < count; ++i) x[i] = exponential(x[i] - minus);
 }
 
 // Largest and summed up over 64 scores, in lanes of 16 that the compiler can keep in registers.

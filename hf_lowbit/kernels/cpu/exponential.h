@@ -6,20 +6,20 @@
 namespace lowbit {
 namespace {
 
-// Within 3 units in the last place; 0 below the smallest normal number, infinite above the largest, NaN of NaN.
+// Within one unit in the last place; 0 below the smallest normal number, infinite above the largest, NaN of NaN.
 inline float exponential(float x) {
     const float inside = x < -87.0f ? -87.0f : x > 88.7f ? 88.7f : x;
     // The nearest whole number of doublings, by adding 1.5 * 2**23; what remains is within half of log 2.
     const float shifted = inside * 1.44269504f + 12582912.0f;
     const float doublings = shifted - 12582912.0f;
     const float rest = (inside - doublings * 0.693359375f) + doublings * 2.12194440e-4f;
-    float sum = 1.0f / 720;
-    sum = sum * rest + 1.0f / 120;
-    sum = sum * rest + 1.0f / 24;
-    sum = sum * rest + 1.0f / 6;
-    sum = sum * rest + 0.5f;
-    sum = sum * rest + 1.0f;
-    sum = sum * rest + 1.0f;
+    float sum = 1.9875691500e-4f;
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
     int32_t bits, power;
     std::memcpy(&power, &shifted, 4);
     std::memcpy(&bits, &sum, 4);
