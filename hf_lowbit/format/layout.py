@@ -18,7 +18,7 @@ import torch
 from hf_lowbit.errors import FormatError
 from hf_lowbit.format.levels import Levels
 from hf_lowbit.format.packing import packed_width
-from hf_lowbit.format.scales import SCALE_BITS, coded_width, group_count, super_count
+from hf_lowbit.format.scales import SCALE_BITS, WIDE, coded_width, group_count, super_count
 
 
 class Field(NamedTuple):
@@ -30,13 +30,15 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """One additive term: ``scale[o, g] * levels[t(o)][codes[o, i]] (+ offset[o, g])``.
+    """One additive term: ``scale[o, g] * (levels[t(o)][codes[o, i]] (- zero[o, g])) (+ offset[o, g])``.
 
     Attributes:
         levels: the level family; its ``bits`` is the code width.
         group_size: weights per scale.
         scale_bits: width of a stored scale (and offset).
         offset: whether groups carry an offset.
+        zero: whether groups carry a zero point, a whole number of -128 .. 127 that is subtracted from the level before it is
+            scaled. An offset of ``-scale * zero`` would have to be rounded.
         tables: number of fitted tables; table ``t`` serves the ``t``-th equal block of rows unless ``table_ids``.
         table_ids: whether a uint8 table number is stored per row.
         rows: number of rows this term covers, with their indices stored; None covers all rows.
@@ -49,6 +51,7 @@ class Stage:
     tables: int = 1
     table_ids: bool = False
     rows: int | None = None
+    zero: bool = False
 
     @property
     def bits(self) -> int:
@@ -61,11 +64,13 @@ class Stage:
         groups = group_count(in_features, self.group_size)
         out = {"codes": Field(torch.uint8, (rows, packed_width(in_features, self.bits)))}
         for name in ["scale", "offset"][: 1 + self.offset]:
-            if self.scale_bits == 16:
-                out[name] = Field(torch.int16, (rows, groups))
+            if self.scale_bits in (16, WIDE):
+                out[name] = Field(torch.int16 if self.scale_bits == 16 else torch.int32, (rows, groups))
             else:
                 out[name] = Field(torch.uint8, (rows, coded_width(groups, self.scale_bits)))
                 out[f"{name}_super"] = Field(torch.int16, (rows, super_count(groups, self.group_size)))
+        if self.zero:
+            out["zero"] = Field(torch.int8, (rows, groups))
         if self.levels.stored:
             out["levels"] = Field(torch.int16, (self.tables, 2**self.bits))
         if self.table_ids:
@@ -78,7 +83,7 @@ class Stage:
         """JSON values; what equals its default is left out."""
         out: dict = {"bits": self.bits, "levels": self.levels.to_json(), "group_size": self.group_size}
         out["scale_bits"] = self.scale_bits
-        for name, default in (("offset", False), ("tables", 1), ("table_ids", False), ("rows", None)):
+        for name, default in (("offset", False), ("tables", 1), ("table_ids", False), ("rows", None), ("zero", False)):
             if getattr(self, name) != default:
                 out[name] = getattr(self, name)
         return out
@@ -89,7 +94,7 @@ class Stage:
         values = dict(values)
         levels = Levels(bits=values.pop("bits"), **values.pop("levels"))
         stage = cls(levels=levels, **values)
-        if stage.group_size < 1 or stage.scale_bits not in SCALE_BITS or stage.tables < 1:
+        if stage.group_size < 1 or stage.scale_bits not in (*SCALE_BITS, WIDE) or stage.tables < 1:
             raise FormatError(f"impossible stage {values}")
         return stage
 

@@ -8,7 +8,7 @@ from math import prod
 
 from hf_lowbit.format.layout import Layout
 
-_KINDS = ("codes", "scale", "offset", "levels", "table_ids", "row_ids", "permutation", "outlier", "low_rank")
+_KINDS = ("codes", "scale", "offset", "zero", "levels", "table_ids", "row_ids", "permutation", "outlier", "low_rank")
 
 
 @dataclass(frozen=True)

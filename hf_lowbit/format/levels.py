@@ -11,6 +11,7 @@ family               levels for ``b`` bits (``K = 2**b``, ``L = 2**(b-1) - 1``) 
 ``power``            sign(k) * (|k| / L) ** (1/a), k = -L .. L                               PowerQuant, arXiv 2301.09858
 ``power_zero_free``  +-((k + 1/2) / (K/2 - 1/2)) ** (1/a)                                    reconstructed
 ``normal_float``     quantiles of N(0, 1), largest 1, holds zero                             QLoRA, arXiv 2305.14314
+``qlora``            ``normal_float`` of 4 bits as QLoRA's authors publish it, digit by digit  arXiv 2305.14314, appendix E
 ``float``            all values of a sign, E-bit exponent, M-bit mantissa format             arXiv 2208.09225
 ``power_of_two``     +-2**p, p = 0 .. 2**(b-1) - 1, scaled to largest 1                      DenseShift, arXiv 2208.09708
 ``ternary``          -1, 0, 1 (and 1 again)                                                  arXiv 2306.17442
@@ -36,6 +37,7 @@ FAMILIES = (
     "power",
     "power_zero_free",
     "normal_float",
+    "qlora",
     "float",
     "power_of_two",
     "ternary",
@@ -101,10 +103,19 @@ BITS_OF = {
     "uniform": (2, 8),
     "power": (2, 8),
     "normal_float": (2, 8),
+    "qlora": (4, 4),
     "float": (3, 8),
     "power_of_two": (2, 4),
     "ternary": (2, 2),
 }
+
+
+# Nearest fp32 numbers; quantiles computed in higher precision differ from them by up to 1.8e-7.
+_QLORA = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 def parse_levels(name: str, bits: int | None = None) -> tuple[str, int | None]:
@@ -151,6 +162,8 @@ def _generate(levels: Levels) -> Tensor:
         return grid.sign() * (grid.abs() / top) ** (1.0 / _exponent(levels))
     if family == "normal_float":
         return _normal_float(bits)
+    if family == "qlora":
+        return torch.tensor(_QLORA, dtype=torch.float64)
     if family == "float":
         positive = _float_magnitudes(bits, levels.mantissa or 0)
     elif family == "power_of_two":

@@ -1,7 +1,7 @@
 """Group scales and offsets: 16-bit floats, or 8- or 6-bit integers under one 16-bit super-scale per 256 weights.
 
-All values are relative to ``2**shift`` of their tensor, which keeps fp16 away from its limits. fp16 numbers are stored
-as int16 bit patterns, since ``module.to(dtype)`` casts floating buffers and would lose them.
+All values are relative to ``2**shift`` of their tensor, which keeps fp16 away from its limits. Floats are stored as int16
+(or, at 32 bits, int32) bit patterns, since ``module.to(dtype)`` casts floating buffers and would lose them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from torch import Tensor
 from hf_lowbit.format.packing import SCALE_BLOCK, pack, packed_width, unpack
 
 SCALE_BITS = (16, 8, 6)
+# Solvers make scales of SCALE_BITS; what is imported from elsewhere may need all 32 bits of a float.
+WIDE = 32
 SUPER_GROUP = 256
 F16_MAX = 65504.0
 
@@ -90,10 +92,30 @@ def encode(scales: Tensor, group_size: int, scale_bits: int) -> tuple[Tensor, Te
     return codes * spread, pack_codes(codes, scale_bits), to_f16_bits(supers)
 
 
+def store_exactly(values: Tensor) -> tuple[int, int, Tensor]:
+    """Floats as a tensor's ``shift``, their width and their stored bits, so that nothing is lost.
+
+    Args:
+        values: any float dtype of at most 32 bits, finite.
+
+    Returns:
+        A shift under which all are fp16 numbers (0 if possible), 16 and int16 bits; or, where there is none, 0, 32 and int32.
+    """
+    wide = values.to(torch.float32)
+    exponent = int(torch.frexp(wide.abs().max()).exponent)
+    for shift in dict.fromkeys((0, exponent - 15)):
+        bits = to_f16_bits(torch.ldexp(wide, torch.tensor(-shift)))
+        if torch.equal(torch.ldexp(from_f16_bits(bits), torch.tensor(shift)), wide):
+            return shift, 16, bits
+    return 0, WIDE, wide.contiguous().view(torch.int32)
+
+
 def decode(stored: Tensor, supers: Tensor | None, groups: int, group_size: int, scale_bits: int) -> Tensor:
-    """float32 scales ``[rows, groups]`` of what :func:`encode` stored."""
+    """float32 scales ``[rows, groups]`` of what :func:`encode` or :func:`store_exactly` stored."""
     if scale_bits == 16:
         return from_f16_bits(stored)
+    if scale_bits == WIDE:
+        return stored.view(torch.float32)
     assert supers is not None
     codes = unpack(stored, scale_bits, groups, SCALE_BLOCK).to(torch.float32) - 2 ** (scale_bits - 1)
     return codes * spread_super(from_f16_bits(supers), groups, group_size)

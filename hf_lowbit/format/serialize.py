@@ -21,10 +21,13 @@ from torch import Tensor
 from hf_lowbit.errors import FormatError
 from hf_lowbit.format.activations import ActivationLayout
 from hf_lowbit.format.layout import Layout
+from hf_lowbit.format.scales import WIDE
 from hf_lowbit.format.tensor import LowBitTensor
 
-FORMAT_VERSION = 2
-# What files without rewritten or rounded activations state, so that older releases read them.
+FORMAT_VERSION = 3
+# What files state that hold less, so that older releases read them: no zero points, scales of 32 bits or levels ``qlora``;
+# and no rewritten or rounded activations either.
+REWRITTEN_VERSION = 2
 PLAIN_VERSION = 1
 RECORD_KEY = "hf_lowbit"
 RECORD_CRC_KEY = "hf_lowbit_crc"
@@ -62,7 +65,7 @@ class Record:
             rewritten["transforms"] = list(self.transforms)
         text = json.dumps(
             {
-                "format_version": FORMAT_VERSION if self.activations else PLAIN_VERSION,
+                "format_version": self.version,
                 "tensors": {name: layout.to_json() for name, layout in sorted(self.layouts.items())},
                 "crc32": dict(sorted(self.checksums.items())),
                 "kept": dict(sorted(self.kept.items())),
@@ -72,6 +75,14 @@ class Record:
             separators=(",", ":"),
         )
         return {RECORD_KEY: text, RECORD_CRC_KEY: str(zlib.crc32(text.encode()))}
+
+    @property
+    def version(self) -> int:
+        """The oldest format version that can state this."""
+        stages = [stage for layout in self.layouts.values() for stage in layout.stages]
+        if any(stage.zero or stage.scale_bits == WIDE or stage.levels.family == "qlora" for stage in stages):
+            return FORMAT_VERSION
+        return REWRITTEN_VERSION if self.activations else PLAIN_VERSION
 
     @property
     def block_layouts(self) -> list[Layout]:
@@ -215,7 +226,7 @@ def load_tensors(path: str | Path) -> dict[str, LowBitTensor]:
     return out
 
 
-_DTYPE_NAMES = {torch.uint8: "U8", torch.int16: "I16", torch.uint16: "U16", torch.int32: "I32"}
+_DTYPE_NAMES = {torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16", torch.int32: "I32"}
 
 
 def _open(file: str | Path) -> safe_open:

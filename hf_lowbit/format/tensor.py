@@ -1,6 +1,7 @@
 """``LowBitTensor``: the one record every solver returns and every backend reads.
 
-    value[o, i] = 2**shift * ( sum over stages of  scale[o, g(i)] * levels[t(o)][codes[o, i]] + offset[o, g(i)]
+    value[o, i] = 2**shift * ( sum over stages of  scale[o, g(i)] * (levels[t(o)][codes[o, i]] - zero[o, g(i)])
+                                                   + offset[o, g(i)]
                                + (B A)[o, i] + outliers[o, i] )
 
 with logical column ``permutation[j]`` held at stored column ``j``. It is pure data: a :class:`Layout` and the tensors
@@ -187,6 +188,8 @@ class LowBitTensor:
         if padding:
             values = torch.nn.functional.pad(values, (0, padding))
         grouped = values.view(values.shape[0], groups, stage.group_size)
+        if stage.zero:
+            grouped = grouped - fields["zero"][pick][..., None]
         scale = decode(fields["scale"][pick], _part(fields, "scale_super", pick), groups, stage.group_size, stage.scale_bits)
         grouped = grouped * scale[..., None]
         if stage.offset:

@@ -22,7 +22,7 @@ class StageSource(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("codes", "scale", "scale_super", "offset", "offset_super", "levels")),
-        *((name, c_void_p) for name in ("table_of_row", "row_ids")),
+        *((name, c_void_p) for name in ("table_of_row", "row_ids", "zero")),
         *((name, c_int32) for name in ("rows", "bits", "group_size", "scale_bits", "tables", "per_super")),
     )
 

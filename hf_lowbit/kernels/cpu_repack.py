@@ -80,7 +80,7 @@ def repack(tensor: LowBitTensor) -> Tensor:
 def _describe_stage(out: cpu_library.StageSource, tensor: LowBitTensor, number: int, stage: Stage, pointer: Pointer) -> None:
     fields = tensor.stage_tensors(number)
     rows = tensor.layout.rows if stage.rows is None else stage.rows
-    for name in ("codes", "scale", "scale_super", "offset", "offset_super", "row_ids"):
+    for name in ("codes", "scale", "scale_super", "offset", "offset_super", "zero", "row_ids"):
         setattr(out, name, pointer(fields.get(name)))
     out.levels = pointer(tensor.table(number).to(torch.float32))
     if stage.tables > 1:

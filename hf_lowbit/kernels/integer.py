@@ -107,7 +107,7 @@ def unfit(tensor: LowBitTensor, layout: ActivationLayout) -> str | None:
     if len(stored.shape) != 2 or len(stored.stages) != 1 or stored.outliers or stored.rank or stored.permuted:
         return "it has more than one stage, outliers, a low-rank term or a permutation"
     stage = stored.stages[0]
-    if stage.offset or stage.rows is not None or stage.group_size < stored.in_features:
+    if stage.offset or stage.zero or stage.rows is not None or stage.group_size < stored.in_features:
         return "it has more than one scale per row, or offsets"
     table = tensor.table()
     if bool((table != table.round()).any()) or float(table.abs().max()) > 128 or len(table) > 1:

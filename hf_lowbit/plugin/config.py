@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_lowbit.errors import BadRequest, unknown_name
 from hf_lowbit.format.activations import ActivationSpec
-from hf_lowbit.format.serialize import FORMAT_VERSION, PLAIN_VERSION, check_version
+from hf_lowbit.format.serialize import PLAIN_VERSION, REWRITTEN_VERSION, check_version
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.kv.settings import CacheSettings
 from hf_lowbit.solvers import get_solver
@@ -89,7 +89,7 @@ class LowBitConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = QUANT_METHOD
         unknown.pop("quant_method", None)
-        wanted = FORMAT_VERSION if transforms or activation_bits is not None else PLAIN_VERSION
+        wanted = REWRITTEN_VERSION if transforms or activation_bits is not None else PLAIN_VERSION
         self.format_version = unknown.pop("format_version", wanted)
         check_version(self.format_version, "quantization_config")
         later: dict[str, Any] = {"target_size": target_size}

@@ -23,6 +23,7 @@ GENERATED = (
     Levels("power", 6, exponent=0.7),
     Levels("power_zero_free", 2, exponent=0.9),
     Levels("normal_float", 4),
+    Levels("qlora", 4),
     Levels("float", 7, mantissa=3),
     Levels("power_of_two", 3),
     Levels("ternary", 2),
@@ -40,11 +41,12 @@ def stages(draw: st.DrawFn, rows: int, subsets: bool) -> Stage:
     return Stage(
         levels=levels,
         group_size=draw(st.sampled_from([8, 16, 24, 100, 256])),
-        scale_bits=draw(st.sampled_from([16, 8, 6])),
+        scale_bits=draw(st.sampled_from([32, 16, 8, 6])),
         offset=draw(st.booleans()),
         tables=draw(st.integers(1, 4) if table_ids else st.sampled_from(divisors)) if fitted else 1,
         table_ids=table_ids,
         rows=draw(st.none() | st.integers(1, rows)) if subsets else None,
+        zero=draw(st.booleans()),
     )
 
 
@@ -71,6 +73,8 @@ def fill(layout: Layout, seed: int) -> LowBitTensor:
     for name, (dtype, shape) in layout.fields.items():
         if dtype == torch.int16:
             value = torch.randn(shape, generator=generator).half().view(torch.int16)
+        elif name.startswith(("scale", "offset")) and dtype == torch.int32:
+            value = torch.randn(shape, generator=generator).view(torch.int32)
         else:
             value = torch.randint(0, 256, shape, generator=generator).to(dtype)
         tensors[name] = value
@@ -119,7 +123,8 @@ def slow_values(record: LowBitTensor) -> Tensor:
             table = _table(fields, stage, slot, row, layout.rows)
             for column in range(layout.in_features):
                 code = code_at(bytes(fields["codes"][slot]), column, stage.bits, 32)
-                value = table[code] * _group_value(fields, "scale", stage, slot, column)
+                zero = fields["zero"][slot][column // stage.group_size] if stage.zero else 0
+                value = (table[code] - zero) * _group_value(fields, "scale", stage, slot, column)
                 value += _group_value(fields, "offset", stage, slot, column) if stage.offset else 0.0
                 out[row][column] += value
     for row in range(layout.rows):
@@ -146,6 +151,8 @@ def _group_value(fields: dict, name: str, stage: Stage, slot: int, column: int) 
     group = column // stage.group_size
     if stage.scale_bits == 16:
         return half(fields[name][slot][group])
+    if stage.scale_bits == 32:
+        return struct.unpack("<f", struct.pack("<i", fields[name][slot][group]))[0]
     code = code_at(bytes(fields[name][slot]), group, stage.scale_bits, 8) - 2 ** (stage.scale_bits - 1)
     per_super = max(1, 256 // stage.group_size)
     return code * half(fields[f"{name}_super"][slot][group // per_super])

@@ -191,3 +191,7 @@ def test_words_for_levels():
         parse_levels("normal_flot")
     with pytest.raises(BadRequest, match=r"levels 'e2m1' are 4 bits wide \(sign, exponent, mantissa\), got bits=8"):
         parse_levels("e2m1", 8)
+
+
+def test_qlora_is_the_published_table_to_the_bit():
+    assert Levels("qlora", 4).table().tolist() == NF4

@@ -18,7 +18,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from hf_lowbit.errors import FormatError
-from hf_lowbit.format import FORMAT_VERSION, LowBitTensor, Record, Spec, load_tensors, read_record, save_tensors
+from hf_lowbit.format import (
+    FORMAT_VERSION,
+    Layout,
+    Levels,
+    LowBitTensor,
+    Record,
+    Spec,
+    Stage,
+    load_tensors,
+    read_record,
+    save_tensors,
+)
+from hf_lowbit.format.scales import decode, store_exactly
 from hf_lowbit.format.serialize import checksum
 from hf_lowbit.solvers import solve
 
@@ -252,3 +264,37 @@ def test_record_metadata_round_trip():
     assert Record.from_metadata(record.to_metadata(), "here") == record
     assert record.block_layouts == [layouts["layers.0.größe"]]
     assert Record(layouts, ends=tuple(layouts)).block_layouts == list(layouts.values())
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted"),
+    [
+        ([1.0, 0.5, -3.25, 0.0], (0, 16)),
+        ([2.0**20, 3.0 * 2.0**-2], (6, 16)),  # beyond fp16's largest number, but not its range
+        ([1.0 + 2.0**-12], (0, 32)),  # more digits than fp16 has
+        ([2.0**30, 2.0**-30], (0, 32)),
+        ([0.0], (0, 16)),
+    ],
+)
+def test_floats_are_stored_without_loss(values, wanted):
+    shift, width, bits = store_exactly(torch.tensor([values]))
+    assert (shift, width) == wanted
+    found = decode(bits, None, len(values), 32, width)
+    assert torch.ldexp(found, torch.tensor(shift)).tolist() == [values]
+
+
+@pytest.mark.parametrize(
+    ("stage", "version"),
+    [
+        (Stage(Levels("integer", 4), 32), 1),
+        (Stage(Levels("integer", 4), 32, zero=True), 3),
+        (Stage(Levels("integer", 4), 32, 32), 3),
+        (Stage(Levels("qlora", 4), 32), 3),
+    ],
+)
+def test_files_state_the_oldest_version_that_can_hold_them(stage, version, records, tmp_path):
+    layout = Layout((4, 64), (stage,))
+    save_tensors(tmp_path / "one.safetensors", {"w": records.fill(layout, 0)})
+    with safe_open(tmp_path / "one.safetensors", "pt") as handle:
+        assert json.loads(handle.metadata()["hf_lowbit"])["format_version"] == version
+    assert load_tensors(tmp_path / "one.safetensors")["w"].layout == layout

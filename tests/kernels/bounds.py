@@ -29,6 +29,9 @@ def magnitude(record: LowBitTensor) -> Tensor:
     for number in range(len(record.layout.stages)):
         rows, scale, levels = _stage(record, number)
         total[rows] += (scale * levels).abs()
+        if record.layout.stages[number].zero:
+            zeros = record.stage_tensors(number)["zero"].double()
+            total[rows] += (scale * _spread(record, number, zeros)).abs()
         offsets = record.offsets(number)
         if offsets is not None:
             total[rows] += _spread(record, number, offsets.double()).abs()

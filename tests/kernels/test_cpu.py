@@ -30,7 +30,7 @@ FAMILIES = {
     7: ("fitted", "uniform"),
     8: ("fitted", "integer", "affine"),
 }
-# rows, columns, group, scale bits, offset: whole blocks and ragged ones, one row, one column, groups of one quad and more.
+# rows, columns, group, scale bits, offset or zero point: whole blocks and ragged ones, one row, one column, groups of a quad.
 SHAPES = [
     (53, 31, 31, 16, False),
     (16, 64, 32, 6, True),
@@ -40,6 +40,9 @@ SHAPES = [
     (48, 200, 48, 16, True),
     (1, 1, 1, 16, False),
     (20, 512, 128, 6, False),
+    (35, 160, 32, 32, True),
+    (21, 192, 64, 16, "zero"),
+    (18, 100, 20, 32, "zero"),
 ]
 
 
@@ -103,7 +106,7 @@ def check(bounds, record: LowBitTensor, x: torch.Tensor, batches=(None,), isas=(
 def test_product_within_the_bound(bits, records, bounds):
     for family, (rows, columns, group, scale_bits, offset) in product(FAMILIES[bits], SHAPES):
         for tables in (1, rows) if family == "fitted" else (1,):
-            stage = Stage(Levels(family, bits), group, scale_bits, offset, tables)
+            stage = Stage(Levels(family, bits), group, scale_bits, offset is True, tables, zero=offset == "zero")
             layout = Layout((rows, columns), (stage,), shift=-3, outliers=min(7, columns), permuted=columns > 100)
             assert backend().supports(layout, CPU).ok
             record = records.fill(layout, bits)

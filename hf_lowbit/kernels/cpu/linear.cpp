@@ -185,7 +185,7 @@ void make_sums(const Job& job, int64_t row) {
     const Matrix& m = *job.m;
     const float* values = job.x->values + row * m.blocks * kBlock;
     for (int i = 0; i < m.stages; ++i) {
-        if (m.stage[i].has_offset) sum_groups(m, m.stage[i], values, job.group_sums[i] + row * m.stage[i].groups);
+        if (m.stage[i].needs_sums()) sum_groups(m, m.stage[i], values, job.group_sums[i] + row * m.stage[i].groups);
     }
     const float* a = m.at<float>(m.low_rank_a_at);
     for (int k = 0; a && k < m.rank; ++k) {
@@ -205,7 +205,7 @@ void make_sums(const Job& job, int64_t row) {
 int64_t job_bytes(const Matrix& m, int64_t batch) {
     int64_t floats = int64_t(m.rank) * batch, partial = 0;
     for (int i = 0; i < m.stages; ++i) {
-        floats += m.stage[i].has_offset ? m.stage[i].groups * batch : 0;
+        floats += m.stage[i].needs_sums() ? m.stage[i].groups * batch : 0;
         partial |= m.stage[i].row_ids_at;
     }
     return 4 * (floats + (partial ? m.rows * batch : 0)) + 64 * (kMaxStages + 3);
@@ -215,7 +215,7 @@ void place_job(Job& job, char*& at) {
     const Matrix& m = *job.m;
     bool partial = false;
     for (int i = 0; i < m.stages; ++i) {
-        job.group_sums[i] = m.stage[i].has_offset ? take<float>(at, m.stage[i].groups * job.x->batch) : nullptr;
+        job.group_sums[i] = m.stage[i].needs_sums() ? take<float>(at, m.stage[i].groups * job.x->batch) : nullptr;
         partial |= m.stage[i].row_ids_at != 0;
     }
     job.low = m.rank ? take<float>(at, m.rank * job.x->batch) : nullptr;

@@ -22,13 +22,14 @@ enum LowbitError { LOWBIT_E_MATRIX = 1, LOWBIT_E_WIDTH = 2, LOWBIT_E_MEMORY = 3,
 // One stored stage. All pointers are to row-major stored tensors (hf_lowbit/format); null where the stage lacks the field.
 struct LowbitStageSource {
     const uint8_t* codes;
-    const void* scale;             // int16 [rows, groups], or packed 8- or 6-bit codes
+    const void* scale;             // fp16 or float [rows, groups], or packed 8- or 6-bit codes
     const uint16_t* scale_super;   // fp16 [rows, supers]
     const void* offset;
     const uint16_t* offset_super;
     const float* levels;           // [tables, 2**bits], true values
     const int32_t* table_of_row;   // [rows] or null where there is one table
     const int32_t* row_ids;        // [rows] or null where all rows of the matrix are covered
+    const int8_t* zero;            // [rows, groups] or null
     int32_t rows, bits, group_size, scale_bits, tables, per_super;
 };
 

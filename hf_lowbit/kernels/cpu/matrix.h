@@ -2,14 +2,14 @@
 //
 // Rows are cut into tiles of 16, columns into blocks of 32. A tile of a stage is one contiguous run of bytes
 //     [int32 table of each row, float scale of each row's int8 table]   only with several tables
-//     group scales, then group offsets                                  16 rows side by side per group
+//     group scales, then group offsets, then zero points                16 rows side by side per group
 //     codes                                                             block after block
 // so that one sequential stream feeds a thread. A block of b-bit codes takes 64 * b bytes, b vectors of 64; in each, lane r
 // of 4 bytes belongs to row r and byte j of it to column j of a quad. Quad k of the eight of a block lies
 //     4 bits: nibble k % 2 of vector k / 2            2 bits: bit pair k % 4 of vector k / 4         1 bit: bit k
 //     3 bits: quads 0..5 as nibbles' low 3 bits of vectors 0..2; the nibbles' top bits are quads 6 and 7, a bit a vector
 //     5 and 6 bits: the low nibble as at 4 bits, the rest as at 1 and 2 bits; 7 and 8 bits: vector k
-// Scales stay fp16, or int8 under fp16 super-scales, which keeps the prepared form within a few percent of the file.
+// Scales stay fp16, float, or int8 under fp16 super-scales, which keeps the prepared form within a few percent of the file.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -46,14 +46,18 @@ struct Stage {
     int32_t group, groups; // columns per scale (a multiple of 4), and their number
     int32_t tables, entries, variants;
     int32_t coded_scales;  // int8 under super-scales
+    int32_t wide_scales;   // float
     int32_t per_super, supers;
-    int32_t has_offset;
+    int32_t has_offset, has_zero;
     int32_t auto_int8;     // whether rounding the levels is far below the error of the codes themselves
     float table_scale;     // of the int8 table where there is one
     int64_t tile_bytes, tiles_at, row_ids_at;
-    int64_t scales_at, offsets_at, codes_at;  // inside a tile
+    int64_t scales_at, offsets_at, zeros_at, codes_at;  // inside a tile
     int64_t bytes_at;      // int8 [tables, variants, 16], or for 5 and 6 bits [entries]
     int64_t levels_at;     // float [tables, entries]
+
+    // Whether a group adds a multiple of the sum of its activations.
+    LOWBIT_INLINE bool needs_sums() const { return has_offset || has_zero; }
 };
 
 struct Matrix {

@@ -81,14 +81,16 @@ bool plan_stage(const LowbitSource& source, const LowbitStageSource& from, Stage
     s.group = s.groups == 1 ? int32_t(ceil_div(source.columns, kBlock) * kBlock) : from.group_size;
     if (s.group % 4) return false;
     s.tables = from.tables, s.entries = 1 << from.bits, s.variants = variants_of(from.bits);
-    s.coded_scales = from.scale_bits != 16;
+    s.wide_scales = from.scale_bits == 32;
+    s.coded_scales = from.scale_bits < 16;
     s.per_super = from.per_super, s.supers = s.coded_scales ? int32_t(ceil_div(s.groups, from.per_super)) : 0;
-    s.has_offset = from.offset != nullptr;
+    s.has_offset = from.offset != nullptr, s.has_zero = from.zero != nullptr;
     const int64_t blocks = ceil_div(source.columns, kBlock);
     const int64_t head = from.table_of_row ? kTile * 8 : 0;
-    const int64_t scales = s.coded_scales ? kTile * (s.groups + 2 * s.supers) : 2 * kTile * s.groups;
+    const int64_t scales = s.coded_scales ? kTile * (s.groups + 2 * s.supers) : (s.wide_scales ? 4 : 2) * kTile * s.groups;
     s.scales_at = head, s.offsets_at = head + scales;
-    s.codes_at = align64(s.offsets_at + (s.has_offset ? scales : 0));
+    s.zeros_at = s.offsets_at + (s.has_offset ? scales : 0);
+    s.codes_at = align64(s.zeros_at + (s.has_zero ? kTile * s.groups : 0));
     s.tile_bytes = s.codes_at + blocks * 64 * s.bits;
     s.tiles_at = end;
     end = align64(end + s.tiles * s.tile_bytes);
@@ -188,8 +190,9 @@ void place_codes(const uint8_t* codes, int bits, int lane, int64_t blocks, uint8
 void place_scales(const Stage& s, const LowbitStageSource& from, const void* stored, const uint16_t* supers, int row, int lane,
                   uint8_t* scratch, uint8_t* out) {
     if (!s.coded_scales) {
-        const uint16_t* values = static_cast<const uint16_t*>(stored) + int64_t(row) * s.groups;
-        for (int g = 0; g < s.groups; ++g) std::memcpy(out + 2 * (g * kTile + lane), values + g, 2);
+        const int size = s.wide_scales ? 4 : 2;
+        const uint8_t* values = static_cast<const uint8_t*>(stored) + size * int64_t(row) * s.groups;
+        for (int g = 0; g < s.groups; ++g) std::memcpy(out + size * (g * kTile + lane), values + size * g, size_t(size));
         return;
     }
     const int64_t width = ceil_div(s.groups, 8) * from.scale_bits;
@@ -258,6 +261,9 @@ void fill_stage(const Matrix& m, const LowbitStageSource& from, Stage& s, uint8_
                 place_scales(s, from, from.scale, from.scale_super, row, lane, numbers.data(), out + s.scales_at);
                 if (s.has_offset) {
                     place_scales(s, from, from.offset, from.offset_super, row, lane, numbers.data(), out + s.offsets_at);
+                }
+                for (int g = 0; s.has_zero && g < s.groups; ++g) {
+                    out[s.zeros_at + g * kTile + lane] = uint8_t(from.zero[int64_t(row) * s.groups + g]);
                 }
                 unpack_row(from.codes + row * width, from.bits, 32, m.columns, codes.data());
                 for (int i = m.columns; i < m.blocks * kBlock; ++i) codes[size_t(i)] = 0;

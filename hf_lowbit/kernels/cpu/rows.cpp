@@ -39,6 +39,11 @@ void lane_codes(const uint8_t* block, int bits, int lane, uint8_t* out) {
 
 float group_value(const Stage& s, const uint8_t* from, int group, int lane) {
     uint16_t half;
+    if (s.wide_scales) {
+        float value;
+        std::memcpy(&value, from + 4 * (group * kTile + lane), 4);
+        return value;
+    }
     if (!s.coded_scales) {
         std::memcpy(&half, from + 2 * (group * kTile + lane), 2);
         return half_to_float(half);
@@ -47,14 +52,14 @@ float group_value(const Stage& s, const uint8_t* from, int group, int lane) {
     return float(int8_t(from[group * kTile + lane])) * half_to_float(half);
 }
 
-// Adds a stage's values of its row `slot` to out, in the order of the reference: level * scale, + offset, + what was there.
+// Adds a stage's values of its row `slot` to out, in the order of the reference: level - zero, * scale, + offset, + what was there.
 void add_stage(const Matrix& m, const Stage& s, int slot, float* out) {
     const uint8_t* tile = m.tile(s, slot / kTile);
     const int lane = slot % kTile;
     const int table = s.tables > 1 ? reinterpret_cast<const int32_t*>(tile)[lane] : 0;
     const float* levels = m.at<float>(s.levels_at) + int64_t(table) * s.entries;
     int group = -1;
-    float scale = 0, offset = 0;
+    float scale = 0, offset = 0, zero = 0;
     for (int b = 0; b < m.blocks; ++b) {
         uint8_t codes[kBlock];
         lane_codes(tile + s.codes_at + int64_t(b) * 64 * s.bits, s.bits, lane, codes);
@@ -65,13 +70,14 @@ void add_stage(const Matrix& m, const Stage& s, int slot, float* out) {
                 group = g;
                 scale = group_value(s, tile + s.scales_at, g, lane);
                 offset = s.has_offset ? group_value(s, tile + s.offsets_at, g, lane) : 0.0f;
+                zero = s.has_zero ? float(int8_t(tile[s.zeros_at + g * kTile + lane])) : 0.0f;
             }
             const int64_t stop = int64_t(g + 1) * s.group - b * kBlock;
             const int end = stop < last ? int(stop) : last;
             if (s.has_offset) {
-                for (; i < end; ++i) out[b * kBlock + i] += levels[codes[i]] * scale + offset;
+                for (; i < end; ++i) out[b * kBlock + i] += (levels[codes[i]] - zero) * scale + offset;
             } else {
-                for (; i < end; ++i) out[b * kBlock + i] += levels[codes[i]] * scale;
+                for (; i < end; ++i) out[b * kBlock + i] += (levels[codes[i]] - zero) * scale;
             }
         }
     }

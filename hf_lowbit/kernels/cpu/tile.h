@@ -21,7 +21,7 @@ struct Walk {
     const float* levels;         // exact mode: tables of floats
     bool many_tables;            // exact mode: each row names its own
     int blocks, group, groups, zero, entries;
-    bool coded_scales;
+    bool coded_scales, wide_scales;
     int per_super;               // groups that share a super-scale, where scales are coded
     int64_t batch;               // rows of x: the step between tiles in y
 
@@ -44,7 +44,10 @@ struct Place {
 // Scales or offsets, stored from `from` on, of slice s of a tile.
 inline Floats group_values(const uint8_t* from, const Walk& w, int group, int super, int s) {
     const int at = s * Isa::kLanes;
-    if (!w.coded_scales) return Isa::halves(reinterpret_cast<const uint16_t*>(from) + group * kTile + at);
+    if (!w.coded_scales) {
+        if (w.wide_scales) return Isa::loadf(reinterpret_cast<const float*>(from) + group * kTile + at);
+        return Isa::halves(reinterpret_cast<const uint16_t*>(from) + group * kTile + at);
+    }
     const Floats values = Isa::signed_bytes(reinterpret_cast<const int8_t*>(from) + group * kTile + at);
     return Isa::mul(values, Isa::halves(reinterpret_cast<const uint16_t*>(from + w.groups * kTile) + super * kTile + at));
 }
@@ -377,18 +380,24 @@ Rows exact_kernel(bool many_tables, int rows, bool ragged) {
 
 Walk start_walk(const Matrix& m, const Stage& s, int first, int count, int64_t batch, const int8_t* tables, int tables_step) {
     return {m.tile(s, first), count, s.tile_bytes, s.scales_at, s.codes_at, tables, tables_step, m.at<float>(s.levels_at), s.tables > 1,
-            m.blocks, s.group, s.groups, s.zero, s.entries, s.coded_scales != 0, s.coded_scales ? s.per_super : 1, batch};
+            m.blocks, s.group, s.groups, s.zero, s.entries, s.coded_scales != 0, s.wide_scales != 0, s.coded_scales ? s.per_super : 1, batch};
 }
 
-// y += offset[g] * sum of x over group g.
+// y += (offset[g] - zero[g] * scale[g]) * sum of x over group g.
 void add_offsets(const Walk& w, const Stage& s, const float* group_sums, float* y) {
     for (int t = 0; t < w.tiles; ++t) {
-        const uint8_t* from = w.tile + t * w.tile_bytes + s.offsets_at;
+        const uint8_t* tile = w.tile + t * w.tile_bytes;
+        const int8_t* zeros = reinterpret_cast<const int8_t*>(tile + s.zeros_at);
         for (int64_t m = 0; m < w.batch; ++m) {
             for (int slice = 0; slice < Isa::kSlices; ++slice) {
                 Floats sum = Isa::zero();
                 for (Place place(w); place.group < w.groups; place.next_group(w)) {
-                    const Floats value = group_values(from, w, place.group, place.super, slice);
+                    Floats value = s.has_offset ? group_values(tile + s.offsets_at, w, place.group, place.super, slice) : Isa::zero();
+                    if (s.has_zero) {
+                        const Floats zero = Isa::signed_bytes(zeros + place.group * kTile + slice * Isa::kLanes);
+                        const Floats less = Isa::mul(zero, scale_of(w, t, place.group, place.super, slice));
+                        value = Isa::fma(less, Isa::set(-1.0f), value);
+                    }
                     sum = Isa::fma(value, Isa::set(group_sums[m * w.groups + place.group]), sum);
                 }
                 float* out = y + (t * w.batch + m) * kTile + slice * Isa::kLanes;
@@ -424,7 +433,7 @@ void tiles_int8(const Matrix& m, const Stage& s, int first, int count, const Act
             for (int r = 0; r < kTile; ++r) y[i * kTile + r] *= s.tables > 1 ? of_row[r] : s.table_scale;
         }
     }
-    if (s.has_offset) add_offsets(w, s, group_sums, y);
+    if (s.needs_sums()) add_offsets(w, s, group_sums, y);
 }
 
 void tiles_exact(const Matrix& m, const Stage& s, int first, int count, const Activations& x, const float* group_sums, int8_t*,
@@ -443,7 +452,7 @@ void tiles_exact(const Matrix& m, const Stage& s, int first, int count, const Ac
         }
     };
     over_rows(w, x, 4, pick, y);
-    if (s.has_offset) add_offsets(w, s, group_sums, y);
+    if (s.needs_sums()) add_offsets(w, s, group_sums, y);
 }
 
 // Plain C++, vectorised by the compiler for the instruction set of the including file.
