@@ -61,6 +61,11 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("destination", metavar="DST", help="directory to write; must not hold anything yet")
     _add_method_options(quantize)
     quantize.add_argument("--restart", action="store_true", help="throw away what a killed run finished")
+    quantize.add_argument(
+        "--from-quantized",
+        action="store_true",
+        help="take over a GPTQ, AWQ, bitsandbytes NF4 or compressed-tensors checkpoint as it is, number for number",
+    )
 
     plan = _command(added, "plan", commands.run_plan, "say what quantizing would need: peak memory, time, final size")
     plan.add_argument("source", metavar="SRC", help="directory or Hub id of the model; only its config is read")

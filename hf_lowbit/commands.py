@@ -18,6 +18,13 @@ SETTINGS = (
     *("quantize_embeddings", "calibration", "transforms", "activation_bits", "target_size", "seed", "strict"),
 )
 
+# Options that are put together to a setting, and options of another name than their setting.
+IN_PARTS = ("override", "option", "activation", "sequences", "length")
+OPTIONS = {
+    "modules_to_not_convert": "--skip",
+    "transforms": "--transform",
+    "quantize_embeddings": "--no-quantize-embeddings",
+}
 
 # Text that --outliers runs: ranges of channels hardly move after a few thousand tokens.
 OUTLIER_CHARACTERS = 40_000
@@ -74,6 +81,8 @@ def run_quantize(args: argparse.Namespace) -> None:
     """Quantize SRC into DST."""
     from hf_lowbit.plugin import checkpoint
 
+    if args.from_quantized:
+        return _import_quantized(args)
     config = config_from(args)
     drawn = sys.stderr.isatty() and not args.json
     checkpoint.show_progress(drawn)
@@ -89,6 +98,26 @@ def run_quantize(args: argparse.Namespace) -> None:
     print(report)
     if any("error" in row for row in rows):
         _print_report(rows)
+    print(f"written to {args.destination}")
+
+
+def _import_quantized(args: argparse.Namespace) -> None:
+    """Take over a checkpoint of another tool."""
+    from hf_lowbit.plugin import foreign
+
+    given = next((name for name in (*SETTINGS, *IN_PARTS) if vars(args)[name] is not None), None)
+    if given is not None:
+        option = OPTIONS.get(given, f"--{given}".replace("_", "-"))
+        raise BadRequest(
+            f"{option} chooses how to quantize; --from-quantized takes a checkpoint over as it is. Leave one of the two out."
+        )
+    with _progress_bar("layers", sys.stderr.isatty() and not args.json) as progress:
+        rows = foreign.import_checkpoint(args.source, args.destination, args.restart, progress)
+    found = _contents_json(args.destination)
+    if args.json:
+        return _print_json(found | {"destination": args.destination, "report": rows})
+    print(f"{len(rows)} matrices of {found['config']['options']['source']} taken over, bit for bit:")
+    print(f"{found['bits_per_weight_linears']:.3f} bits per weight, files {found['bytes']:,} bytes")
     print(f"written to {args.destination}")
 
 

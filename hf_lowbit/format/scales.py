@@ -99,7 +99,7 @@ def store_exactly(values: Tensor) -> tuple[int, int, Tensor]:
         values: any float dtype of at most 32 bits, finite.
 
     Returns:
-        A shift under which all are fp16 numbers (0 if possible), 16 and int16 bits; or, where there is none, 0, 32 and int32.
+        A shift under which all are fp16 numbers, 16 and int16 bits; or, where there is none, 0, 32 and int32 bits.
     """
     wide = values.to(torch.float32)
     exponent = int(torch.frexp(wide.abs().max()).exponent)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from hf_lowbit.plugin.config import AUTO, AUTO_OPTIONS, LowBitConfig
+from hf_lowbit.errors import BadRequest
+from hf_lowbit.plugin.config import AUTO, AUTO_OPTIONS, IMPORTED, LowBitConfig
 from hf_lowbit.plugin.plan import plan_model
 
 # Best first, by KL on the 4 M reference model (eval/results/quality_calibrated_books4m.json); 1 bit is taken as 2.
@@ -26,7 +27,15 @@ def resolve(config: LowBitConfig, model: Any) -> LowBitConfig:
     Args:
         config: its options may say ``minutes``; returned as it is where its method is not ``auto``.
         model: on any device, meta included.
+
+    Raises:
+        BadRequest: the method of imported checkpoints, which makes nothing.
     """
+    if config.method == IMPORTED:
+        raise BadRequest(
+            f"method {IMPORTED!r} marks what `hf-lowbit quantize SRC DST --from-quantized` took over; it quantizes nothing. "
+            "Choose a method (hf-lowbit doctor lists them)."
+        )
     if config.method != AUTO:
         return config
     found = copy.deepcopy(config)

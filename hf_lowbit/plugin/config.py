@@ -22,6 +22,9 @@ QUANT_METHOD = "hf_lowbit"
 # The method that stands for the best one measured; resolved before anything is solved (hf_lowbit/plugin/auto.py).
 AUTO = "auto"
 AUTO_OPTIONS = {"minutes": 60.0}
+# The method of checkpoints that another tool quantized (hf_lowbit/plugin/foreign.py); its option says which.
+IMPORTED = "imported"
+IMPORTED_OPTIONS = {"source": "gptq"}
 SPEC_KEYS = ("method", "bits", "group_size", "levels", "scale_bits", "outliers", "residual_terms", "seed", "options")
 # A tied table of 4 bits alone diverges by 0.009 nats on a 4 M Llama, all 4-bit blocks by 0.014; at 6 bits the table's
 # share is 0.0006 (eval/results/quality_books4m.json).
@@ -134,6 +137,8 @@ class LowBitConfig(QuantizationConfigMixin):
         """Check every spec this config can produce."""
         if self.method == AUTO:
             check_options(AUTO, AUTO_OPTIONS, self.options)
+        if self.method == IMPORTED:
+            check_options(IMPORTED, IMPORTED_OPTIONS, self.options)
         for spec in self.specs():
             get_solver(spec)
         if self.kv_cache is not None:
@@ -193,6 +198,8 @@ class LowBitConfig(QuantizationConfigMixin):
         own = {key: getattr(self, key) for key in SPEC_KEYS}
         if self.method == AUTO:  # not resolved yet: what holds for any width and family
             own |= {"method": "codebook" if self.calibration is None else "gptq", "options": {}}
+        if self.method == IMPORTED:
+            own |= {"method": "rtn", "options": {}}
         if change.get("method", self.method) != self.method:
             own["options"] = {}  # they are of the other method
         return Spec.from_json(own | dict(change))

@@ -125,6 +125,7 @@ FITTER = {
     "power": "powerquant",
     "power_zero_free": "powerquant",
     "normal_float": "nf",
+    "qlora": "rtn",
     "float": "float",
     "affine": "rtn",
     "ternary": "ternary",
@@ -164,4 +165,5 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "loss": ("mse", "weighted", "cosine"),
     "optimizer": ("adam", "sign", "lion"),
     "learn": ("codes", "codes_scales", "all"),
+    "source": ("gptq", "awq", "bitsandbytes", "compressed-tensors"),
 }

@@ -12,7 +12,7 @@ from hf_lowbit.solvers.encode import encode_affine, encode_ruled
 from hf_lowbit.solvers.registry import solver
 from hf_lowbit.solvers.rows import Rows
 
-FIXED = ("uniform", "uniform_zero_free", "integer", "affine", "normal_float", "float", "power_of_two")
+FIXED = ("uniform", "uniform_zero_free", "integer", "affine", "normal_float", "qlora", "float", "power_of_two")
 
 
 def fixed_levels(spec: Spec, default: str) -> Levels:

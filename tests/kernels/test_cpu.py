@@ -30,7 +30,7 @@ FAMILIES = {
     7: ("fitted", "uniform"),
     8: ("fitted", "integer", "affine"),
 }
-# rows, columns, group, scale bits, offset or zero point: whole blocks and ragged ones, one row, one column, groups of a quad.
+# rows, columns, group, scale bits, offset or zero point: whole blocks and ragged ones, one row, one column, groups of 4.
 SHAPES = [
     (53, 31, 31, 16, False),
     (16, 64, 32, 6, True),
