@@ -1,14 +1,17 @@
-"""The files of a checkpoint beside its weights: settings, tokenizer, generation defaults."""
+"""What lies beside the weights of a checkpoint: settings and the model they describe, tokenizer, generation defaults."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_lowbit.errors import FormatError
+import torch
+
+from hf_lowbit.errors import BadRequest, FormatError
 
 _SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 # They describe the weights as they were, or this very file replaces them.
@@ -41,3 +44,22 @@ def write_companions(source: Path, folder: Path, config: Mapping[str, Any], quan
         index = file.name.endswith(".index.json")
         if file.is_file() and file.suffix in _SUFFIXES and file.name not in _NOT_COPIED and not index:
             shutil.copyfile(file, folder / file.name)
+
+
+def described_model(folder: Path) -> Any:
+    """The dense model a checkpoint's config describes, on the meta device.
+
+    Raises:
+        BadRequest: it describes none.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        described = AutoConfig.from_pretrained(folder)
+        described = copy.deepcopy(described)
+        if hasattr(described, "quantization_config"):
+            del described.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(described)
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"cannot build the model of {str(folder)!r}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from hf_lowbit.pipeline.run import Report
 from hf_lowbit.pipeline.shard_files import StoredTensors, write_shards
 from hf_lowbit.pipeline.workspace import Workspace
 from hf_lowbit.plugin.checkpoint import is_low_bit, weight_files
-from hf_lowbit.plugin.companions import read_config, write_companions
+from hf_lowbit.plugin.companions import described_model, read_config, write_companions
 from hf_lowbit.plugin.compress import Progress
 from hf_lowbit.plugin.config import IMPORTED, LowBitConfig
 from hf_lowbit.plugin.targets import ends_of
@@ -121,24 +120,9 @@ def _open_source(source: str) -> _Source:
     sites = reader.sites(stored.places)
     if not sites:
         raise FormatError(f"{folder}: no tensor is named *.{reader.marker}, which {reader.source} calls its codes.")
-    model = _described(folder)
+    model = described_model(folder)
     ends = [name for name, module in model.named_modules() if module in ends_of(model) and name in sites]
     return _Source(folder, files, config, reader, stored, sites, _dense_names(model, stored, sites), ends)
-
-
-def _described(folder: Path) -> Any:
-    """The dense model of a checkpoint's config, without memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        described = AutoConfig.from_pretrained(folder)
-        described = copy.deepcopy(described)
-        if hasattr(described, "quantization_config"):
-            del described.quantization_config
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(described)
-    except (OSError, ValueError) as error:
-        raise BadRequest(f"cannot build the model of {str(folder)!r}: {error}") from error
 
 
 def _dense_names(model: Any, stored: StoredTensors, sites: Mapping[str, Mapping[str, str]]) -> list[str]:
