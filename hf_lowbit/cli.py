@@ -69,7 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
 
     plan = _command(added, "plan", commands.run_plan, "say what quantizing would need: peak memory, time, final size")
     plan.add_argument("source", metavar="SRC", help="directory or Hub id of the model; only its config is read")
+    plan.add_argument("--for", dest="target", metavar="TARGET", help="say whether `export --to TARGET` could follow, too")
     _add_method_options(plan)
+
+    export = _command(added, "export", commands.run_export, "write a quantized checkpoint in another tool's format")
+    export.add_argument("directory", metavar="DIR")
+    export.add_argument("destination", metavar="OUT", help="directory to write; for gguf, the file")
+    export.add_argument("--to", required=True, metavar="TARGET", help="compressed-tensors, gptq, gguf or dense")
+    export.add_argument("--dtype", metavar="D", help="of scales and dense weights; the checkpoint's own unless given")
 
     inspect = _command(added, "inspect", commands.run_inspect, "check a quantized checkpoint and count its bytes")
     inspect.add_argument("directory", metavar="DIR")

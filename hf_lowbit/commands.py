@@ -138,13 +138,41 @@ def run_plan(args: argparse.Namespace) -> None:
     """Print what quantizing SRC would need."""
     from hf_lowbit.plugin.plan import plan
 
-    found = plan(args.source, config_from(args))
+    config = config_from(args)
+    found, answer = plan(args.source, config), None
+    if args.target is not None:
+        from hf_lowbit.plugin.exportable import exportable
+
+        answer = exportable(args.source, config, args.target)
     if args.json:
-        return _print_json(found.to_json())
+        return _print_json(found.to_json() | ({} if answer is None else {"export": answer.to_json()}))
     print(f"result     {found.bytes:,} bytes, {found.bits_per_weight:.3f} bits per weight inside blocks")
     print(f"memory     {found.peak_bytes / 1e6:,.0f} MB at the peak, beside the program itself (0.5 GB)")
     spent = ", ".join(f"{name} {seconds:,.0f} s" for name, seconds in found.parts.items() if seconds >= 0.5)
     print(f"time       about {found.seconds:,.0f} s on this machine{f': {spent}' if spent else ''}")
+    if answer is not None and answer.exportable:
+        print(f"export     can be written as {answer.target}: {_forms(answer.forms)}")
+    elif answer is not None:
+        print(f"export     cannot be written as {answer.target}: {answer.reason}")
+        print(f"           Settings that can: {answer.advice}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write DIR in another format."""
+    from hf_lowbit.plugin.export import export_checkpoint
+
+    with _progress_bar("matrices", sys.stderr.isatty() and not args.json) as progress:
+        found = export_checkpoint(args.directory, args.destination, args.to, args.dtype, progress)
+    if args.json:
+        return _print_json({"destination": args.destination, "to": args.to, **vars(found)})
+    print(f"{_forms(found.forms)}; {found.bytes:,} bytes")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"written to {args.destination}")
+
+
+def _forms(forms: dict[str, int]) -> str:
+    return ", ".join(f"{count} matrices {name}" for name, count in forms.items())
 
 
 def run_inspect(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """GGUF's block types: which of them holds a record exactly, and the bytes of its blocks.
 
 Blocks of 32: ``Q4_0``, ``Q5_0``, ``Q8_0`` are ``d * q``, ``Q4_1`` and ``Q5_1`` are ``d * q + m``, with fp16 ``d`` and ``m``.
-Blocks of 256: ``Q6_K`` is ``d * sc * q`` with an int8 ``sc`` per 16 weights, ``Q4_K`` is ``d * sc * q - dmin * m`` with 6-bit
-``sc`` and ``m`` per 32: where scales are coded under super-scales, they are these codes.
+Blocks of 256: ``Q6_K`` is ``d * sc * q`` with an int8 ``sc`` per 16 weights, ``Q4_K`` is ``d * sc * q - dmin * m`` with
+6-bit ``sc`` and ``m`` per 32: where scales are coded under super-scales, they are these codes.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _nibbles(q: Tensor, bits: int) -> list[Tensor]:
 
 
 def _coded(record: LowBitTensor, name: str, most: int) -> tuple[Tensor, Tensor]:
-    """Codes of scales or offsets ``[rows, blocks of 256, groups]`` and super-scales ``[rows, blocks]``, with the shift in them."""
+    """Codes of scales or offsets ``[rows, blocks of 256, groups]`` and super-scales ``[rows, blocks]``, shift included."""
     layout, stage, fields = record.layout, record.layout.stages[0], record.stage_tensors(0)
     size = stage.group_size
     if size > 256 or 256 % size:

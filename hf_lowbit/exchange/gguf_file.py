@@ -12,14 +12,16 @@ import torch
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.exchange.misfit import Misfit
 
-# model_type -> name of the architecture, and whether its rotary embeddings pair neighbours, for which rows of queries and keys
+# model_type -> name of the architecture, and whether its rotary embeddings pair neighbours: then those rows of queries and keys
 # are put side by side that are half a head apart.
 ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
+_WORDS, _DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|", r"\p{N}"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Split patterns of byte-level tokenizers, by the name the format has for them.
 _SPLITS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+    f"{_WORDS}{_DIGITS}{{1,3}}{_REST}": "llama-bpe",
+    f"{_WORDS}{_DIGITS}{_REST}": "qwen2",
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 
@@ -102,8 +104,8 @@ def describe(writer: Any, config: Mapping[str, Any], name: str, tokens: int) -> 
 def describe_tokenizer(writer: Any, folder: Path, tokens: int) -> str | None:
     """Write the tokenizer of a checkpoint, or say that there is none and return why.
 
-    Two kinds can be expressed: byte-level BPE under a known split pattern, and BPE with byte fallback (SentencePiece's), whose
-    pieces are scored by the rank of the merge that makes them.
+    Two kinds can be expressed: byte-level BPE under a known split pattern, and BPE with byte fallback (SentencePiece's),
+    whose pieces are scored by the rank of the merge that makes them.
     """
     file = folder / "tokenizer.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

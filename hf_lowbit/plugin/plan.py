@@ -21,9 +21,19 @@ def plan(source: str, config: LowBitConfig) -> Estimate:
     Raises:
         BadRequest: no such model, or a config it cannot be quantized with.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from hf_lowbit.plugin.auto import resolve  # which plans, too
+
+    model = described_for(source)
+    return plan_model(model, resolve(config, model))
+
+
+def described_for(source: str) -> Any:
+    """The dense model of a checkpoint's config, on the meta device.
+
+    Raises:
+        BadRequest: no such model, or one that is quantized already.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         described = AutoConfig.from_pretrained(source)
@@ -33,7 +43,7 @@ def plan(source: str, config: LowBitConfig) -> Estimate:
         raise BadRequest(f"cannot read the config of {source!r}: {error}") from error
     if getattr(described, "quantization_config", None):
         raise BadRequest(f"{source!r} is quantized already; quantize the original it was made from.")
-    return plan_model(model, resolve(config, model))
+    return model
 
 
 def plan_model(model: Any, config: LowBitConfig) -> Estimate:
