@@ -21,7 +21,7 @@ def words_of(codes: Tensor, bits: int) -> Tensor:
     else:
         lanes = np.unpackbits(padded.numpy()[..., None], axis=-1, bitorder="little", count=bits)
         stream = torch.from_numpy(np.packbits(lanes.reshape(rows, -1), axis=-1, bitorder="little"))
-    return stream.contiguous().view(torch.int32)[:, : -(-count * bits // 32)].contiguous()
+    return stream.flatten().view(torch.int32).view(rows, -1)[:, : -(-count * bits // 32)].contiguous()
 
 
 def codes_of(words: Tensor, bits: int, count: int) -> Tensor:

@@ -109,7 +109,8 @@ def _nibbles(q: Tensor, bits: int) -> list[Tensor]:
     if bits == 4:
         return [body]
     lanes = (q >> 4).unflatten(-1, (4, 8))
-    return [sum(lanes[..., k] << k for k in range(8)).to(torch.uint8), body]  # type: ignore[union-attr]
+    places = torch.arange(8, dtype=torch.uint8)
+    return [(lanes << places).sum(-1).to(torch.uint8), body]
 
 
 def _coded(record: LowBitTensor, name: str, most: int) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.exchange.misfit import Misfit
 
-# model_type -> name of the architecture, and whether its rotary embeddings pair neighbours: then those rows of queries and keys
-# are put side by side that are half a head apart.
+# model_type -> name of the architecture, and whether its rotary embeddings pair neighbours: then rows of queries and keys
+# that are half a head apart are put side by side.
 ARCHITECTURES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 _WORDS, _DIGITS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|", r"\p{N}"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -144,6 +144,8 @@ def _trouble(found: Mapping[str, Any]) -> str | None:
         return "there is no tokenizer.json"
     if found["model"].get("type") != "BPE":
         return f"its model is {found['model'].get('type')!r}, not BPE"
+    if not found["model"].get("merges"):
+        return "it has no merges"
     if not found["model"].get("byte_fallback") and _split_of(found) is None:
         return "its split pattern is none the format has a name for"
     return None
@@ -172,15 +174,17 @@ def _type(piece: str, special: Mapping[str, Any], model: Mapping[str, Any], know
 def _describe_special(writer: Any, folder: Path, found: Mapping[str, Any], ids: Mapping[str, int]) -> None:
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named: dict[str, str] = {}
     for kind in ("bos", "eos", "unk", "pad"):
         token = settings.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in ids:
-            getattr(writer, f"add_{kind}_token_id")(ids[token])
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and text in ids:
+            named[kind] = text
+            getattr(writer, f"add_{kind}_token_id")(ids[text])
     template = json.dumps(found.get("post_processor") or {})
     for kind, add in (("bos", writer.add_add_bos_token), ("eos", writer.add_add_eos_token)):
-        token = settings.get(f"{kind}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        add(token is not None and "TemplateProcessing" in template and json.dumps(token) in template)
-    if isinstance(settings.get("chat_template"), str):
-        writer.add_chat_template(settings["chat_template"])
+        add(kind in named and "TemplateProcessing" in template and json.dumps(named[kind]) in template)
+    apart = folder / "chat_template.jinja"
+    chat = apart.read_text(encoding="utf-8") if apart.is_file() else settings.get("chat_template")
+    if isinstance(chat, str):
+        writer.add_chat_template(chat)

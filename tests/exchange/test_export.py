@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_lowbit import LowBitConfig, cli, demo
 from hf_lowbit.errors import BadRequest
@@ -40,6 +40,17 @@ def decoded(path: Path) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A random Llama of 45,000 weights."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=1, tie_word_embeddings=True, initializer_range=0.1))
+    target = tmp_path_factory.mktemp("export") / "tiny"
+    model.half().save_pretrained(target)
+    return target
+
+
+@pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
     """The embedded model in 4-bit integers, groups of 32, fp16 scales; embeddings dense."""
     target = tmp_path_factory.mktemp("export") / "plain"
@@ -60,17 +71,17 @@ def test_pack_quantized_gives_transformers_the_same_logits(plain, wanted, tmp_pa
     assert torch.equal(logits(tmp_path / "out"), wanted)
 
 
-def test_widths_and_groupings_side_by_side(tmp_path):
+def test_widths_and_groupings_side_by_side(tiny, tmp_path):
     pytest.importorskip("compressed_tensors")
     config = LowBitConfig(
         method="rtn", levels="integer", scale_bits=6, quantize_embeddings=False, modules_to_not_convert=["layers.1.mlp"],
         overrides={"down_proj": {"bits": 8, "group_size": -1, "scale_bits": 16}, "q_proj": {"bits": 3}},
     )  # fmt: skip
-    quantize_checkpoint(str(demo.embedded_model()), tmp_path / "low", config)
-    with pytest.raises(Misfit, match=r"q_proj\.weight: scale is not exact in float16; .*--dtype float32"):
+    quantize_checkpoint(str(tiny), tmp_path / "low", config)
+    with pytest.raises(Misfit, match=r"gate_proj\.weight: scale is not exact in float16; .*--dtype float32"):
         export_checkpoint(tmp_path / "low", tmp_path / "out", "compressed-tensors")
     found = export_checkpoint(tmp_path / "low", tmp_path / "out", "compressed-tensors", "float32")
-    assert len(found.forms) == 3 and sum(found.forms.values()) == 25
+    assert len(found.forms) == 3 and sum(found.forms.values()) == 11
     with torch.no_grad():
         assert torch.equal(logits(tmp_path / "out"), decoded(tmp_path / "low")(IDS).logits)
 
@@ -105,12 +116,12 @@ def unpacked_gptq(held: dict, module: str, bits: int) -> torch.Tensor:
     return ((q - z[g]) * held[f"{module}.scales"].float()[g]).T
 
 
-def test_gptq_by_an_unpacker_of_its_own(tmp_path):
+def test_gptq_by_an_unpacker_of_its_own(tiny, tmp_path):
     """No library that reads the format installs on a CPU beside this Transformers."""
     config = LowBitConfig(**PLAIN, quantize_embeddings=False, overrides={"up_proj": {"bits": 6, "group_size": 64}})
-    quantize_checkpoint(str(demo.embedded_model()), tmp_path / "low", config)
+    quantize_checkpoint(str(tiny), tmp_path / "low", config)
     found = export_checkpoint(tmp_path / "low", tmp_path / "out", "gptq")
-    assert found.forms == {"8 bits, groups of 32": 28}  # one width for all: the narrowest that holds each
+    assert found.forms == {"8 bits, groups of 32": 14}  # one width for all: the narrowest that holds each
     held, model = load_file(tmp_path / "out" / "model.safetensors"), decoded(tmp_path / "low")
     for module in [name.removesuffix(".qweight") for name in held if name.endswith("qweight")]:
         assert torch.equal(unpacked_gptq(held, module, 8), model.get_submodule(module).weight), module
@@ -118,9 +129,9 @@ def test_gptq_by_an_unpacker_of_its_own(tmp_path):
 
 def test_every_gguf_block_decodes_to_its_record():
     gguf = pytest.importorskip("gguf")
-    weight, seen = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)), set()
+    weight, seen = torch.randn(3, 512, generator=torch.Generator().manual_seed(0)), set()
     for levels, bits, group, scale_bits in product(
-        ("uniform", "integer", "affine", "e2m1"), (3, 4, 5, 6, 8), (16, 32, 64, 256), (16, 8, 6)
+        ("uniform", "integer", "affine", "e2m1"), (3, 4, 5, 6, 8), (16, 32, 64), (16, 8, 6)
     ):
         if levels == "e2m1" and bits != 4:
             continue
@@ -196,9 +207,9 @@ def test_dense_is_an_ordinary_checkpoint(plain, wanted, tmp_path):
     assert {value.dtype for value in held.values()} == {torch.bfloat16}
 
 
-def test_transforms_are_multiplied_into_dense_weights_and_nowhere_else(tmp_path):
+def test_transforms_are_multiplied_into_dense_weights_and_nowhere_else(tiny, tmp_path):
     config = LowBitConfig(**PLAIN, transforms=["hadamard"])
-    quantize_checkpoint(str(demo.embedded_model()), tmp_path / "low", config)
+    quantize_checkpoint(str(tiny), tmp_path / "low", config)
     with pytest.raises(Misfit, match=r"down_proj: what a transform does to inputs .* only --to dense multiplies it in"):
         export_checkpoint(tmp_path / "low", tmp_path / "out", "compressed-tensors", "float32")
     export_checkpoint(tmp_path / "low", tmp_path / "out", "dense", "float32")
@@ -209,7 +220,7 @@ def test_transforms_are_multiplied_into_dense_weights_and_nowhere_else(tmp_path)
 @pytest.mark.parametrize(
     ("settings", "to", "message"),
     [
-        ({"method": "codebook"}, "gguf", r"embed_tokens\.weight: levels is fitted; .*--levels uniform"),
+        ({"method": "codebook", "levels": None}, "gguf", r"embed_tokens\.weight: levels is fitted; .*--levels uniform"),
         ({"outliers": 0.01}, "gguf", "outliers is .*--outliers 0"),
         ({"residual_terms": 2}, "gguf", "residual_terms is 2; it must be 1"),
         ({"group_size": 16}, "gguf", "group_size is 16; it must be a multiple of 32"),
@@ -219,20 +230,20 @@ def test_transforms_are_multiplied_into_dense_weights_and_nowhere_else(tmp_path)
         ({"activation_bits": 8}, "dense", "activation_bits is 8; inputs that are rounded"),
     ],
 )
-def test_what_a_target_lacks_is_named_and_nothing_is_left(settings, to, message, tmp_path):
-    quantize_checkpoint(str(demo.embedded_model()), tmp_path / "low", LowBitConfig(**{**PLAIN, **settings}))
+def test_what_a_target_lacks_is_named_and_nothing_is_left(settings, to, message, tiny, tmp_path):
+    quantize_checkpoint(str(tiny), tmp_path / "low", LowBitConfig(**{**PLAIN, **settings}))
     with pytest.raises(Misfit, match=message):
         export_checkpoint(tmp_path / "low", tmp_path / "out", to)
     assert [path.name for path in tmp_path.iterdir()] == ["low"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_plan_answers_and_its_advice_holds(target, capsys):
-    source = str(demo.embedded_model())
+def test_plan_answers_and_its_advice_holds(target, tiny, capsys):
+    source = str(tiny)
     advice = TARGETS[target].advice.split()
     assert cli.main(["plan", source, *advice, "--for", target, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)["export"]
-    assert answer["exportable"] and answer["reason"] is None and sum(answer["forms"].values()) >= 28
+    assert answer["exportable"] and answer["reason"] is None and sum(answer["forms"].values()) >= 14
     assert cli.main(["plan", source, "--method", "codebook", "--for", target]) == 0
     said = capsys.readouterr().out
     assert ("can be written as dense" in said) if target == "dense" else (TARGETS[target].advice in said)
