@@ -111,8 +111,11 @@ def _import_quantized(args: argparse.Namespace) -> None:
         raise BadRequest(
             f"{option} chooses how to quantize; --from-quantized takes a checkpoint over as it is. Leave one of the two out."
         )
-    with _progress_bar("layers", sys.stderr.isatty() and not args.json) as progress:
-        rows = foreign.import_checkpoint(args.source, args.destination, args.restart, progress)
+    try:
+        with _progress_bar("layers", sys.stderr.isatty() and not args.json) as progress:
+            rows = foreign.import_checkpoint(args.source, args.destination, args.restart, progress)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("interrupted; finished layers are kept: the same command goes on from there.") from None
     found = _contents_json(args.destination)
     if args.json:
         return _print_json(found | {"destination": args.destination, "report": rows})

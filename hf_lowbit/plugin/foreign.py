@@ -75,7 +75,7 @@ def import_checkpoint(
         FormatError: a damaged source.
     """
     found = _open_source(source)
-    _check_sizes(found)
+    _read_one_of_each(found)
     layers: dict[str, list[str]] = {}
     for module in found.sites:
         match = _LAYER.match(f"{module}.")
@@ -149,7 +149,7 @@ def _dense_names(model: Any, stored: StoredTensors, sites: Mapping[str, Mapping[
     return [name for name in stored.places if name in wanted]
 
 
-def _check_sizes(found: _Source) -> None:
+def _read_one_of_each(found: _Source) -> None:
     """Refuse what shows in headers and small tensors before anything is written: each field, in one matrix of each shape."""
     seen = set()
     for module, fields in found.sites.items():

@@ -237,6 +237,18 @@ def test_what_a_target_lacks_is_named_and_nothing_is_left(settings, to, message,
     assert [path.name for path in tmp_path.iterdir()] == ["low"]
 
 
+@pytest.mark.parametrize("to", TARGETS)
+def test_an_interrupted_export_leaves_nothing(to, tiny, tmp_path):
+    def stop(done, total, name):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    quantize_checkpoint(str(tiny), tmp_path / "low", LowBitConfig(**PLAIN, quantize_embeddings=False))
+    with pytest.raises(KeyboardInterrupt):
+        export_checkpoint(tmp_path / "low", tmp_path / "out", to, progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["low"]
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_plan_answers_and_its_advice_holds(target, tiny, capsys):
     source = str(tiny)

@@ -183,6 +183,19 @@ def test_tensors_nobody_asks_for_and_tensors_that_lack_are_refused(tmp_path):
             import_checkpoint(str(source), tmp_path / "out")
 
 
+def test_an_interrupted_import_goes_on(tmp_path):
+    def stop(done, total, layer):
+        raise KeyboardInterrupt
+
+    import_checkpoint(str(GOLDEN / "awq-4"), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        import_checkpoint(str(GOLDEN / "awq-4"), tmp_path / "out", progress=stop)
+    assert not (tmp_path / "out").exists() and len(list((tmp_path / ".out.partial").glob("part-*"))) == 1
+    import_checkpoint(str(GOLDEN / "awq-4"), tmp_path / "out")
+    whole, out = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "out"))
+    assert whole == out and not (tmp_path / ".out.partial").exists()
+
+
 def test_the_command(tmp_path, capsys):
     before = {path: path.read_bytes() for path in (GOLDEN / "awq-4").iterdir()}
     assert cli.main(["quantize", str(GOLDEN / "awq-4"), str(tmp_path / "out"), "--from-quantized", "--json"]) == 0

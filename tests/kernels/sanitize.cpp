@@ -40,14 +40,16 @@ void choose(const std::string& isa) {
     std::exit(1);
 }
 
-// One number per row and group: fp16, or int8 (stored as unsigned) under an fp16 factor for every kPerSuper groups.
+// One number per row and group: fp16, float, or int8 (stored as unsigned) under an fp16 factor for every kPerSuper groups.
 struct Groups {
     static constexpr int kPerSuper = 2;
     std::vector<uint16_t> halves, supers;
     std::vector<uint8_t> coded;
     std::vector<float> values;
+    bool wide;
 
-    Groups(int rows, int groups, bool with_codes, float size) : values(size_t(rows) * size_t(groups)) {
+    Groups(int rows, int groups, int bits, float size) : values(size_t(rows) * size_t(groups)), wide(bits == 32) {
+        const bool with_codes = bits == 8;
         const int of_row = (groups + kPerSuper - 1) / kPerSuper, width = (groups + 7) / 8 * 8;
         if (with_codes) {
             for (int i = 0; i < rows * of_row; ++i) supers.push_back(lowbit::float_to_half(unit() * size / 127));
@@ -55,6 +57,10 @@ struct Groups {
         }
         for (int r = 0; r < rows; ++r) {
             for (int g = 0; g < groups; ++g) {
+                if (wide) {
+                    values[size_t(r * groups + g)] = unit() * size / 3;
+                    continue;
+                }
                 if (!with_codes) halves.push_back(lowbit::float_to_half(unit() * size));
                 values[size_t(r * groups + g)] =
                     with_codes ? float(coded[size_t(r * width + g)] - 128) * lowbit::half_to_float(supers[size_t(r * of_row + g / kPerSuper)])
@@ -62,12 +68,12 @@ struct Groups {
             }
         }
     }
-    const void* stored() const { return coded.empty() ? static_cast<const void*>(halves.data()) : coded.data(); }
+    const void* stored() const { return wide ? static_cast<const void*>(values.data()) : coded.empty() ? static_cast<const void*>(halves.data()) : coded.data(); }
 };
 
 struct Shape {
-    int rows, columns, bits, group, tables;
-    bool offsets, coded_scales, linear_levels;
+    int rows, columns, bits, group, tables, scale_bits;
+    bool offsets, zeros, linear_levels;
 
     int groups() const { return (columns + group - 1) / group; }
 };
@@ -77,7 +83,9 @@ Shape draw_shape(int bits, int most_columns) {
     s.rows = 1 + int(draw(70)), s.columns = 1 + int(draw(uint32_t(most_columns))), s.bits = bits;
     const int groups[] = {8, 32, 48, 64, s.columns};
     s.group = groups[draw(5)], s.tables = draw(2) ? 1 : 3;
-    s.offsets = draw(2) != 0, s.coded_scales = draw(3) == 0, s.linear_levels = draw(3) == 0;
+    s.offsets = draw(2) != 0, s.linear_levels = draw(3) == 0;
+    const int widths[] = {8, 16, 32};
+    s.scale_bits = widths[draw(3)], s.zeros = draw(3) == 0;
     return s;
 }
 
@@ -86,6 +94,7 @@ struct Record {
     int rows, columns, bits;
     Groups scale, offset;
     std::vector<uint8_t> codes;
+    std::vector<int8_t> zeros;
     std::vector<uint16_t> values;
     std::vector<uint16_t> outlier_columns;
     std::vector<float> levels, dense;
@@ -105,9 +114,10 @@ struct Record {
     }
 
     explicit Record(const Shape& s)
-        : rows(s.rows), columns(s.columns), bits(s.bits), scale(rows, s.groups(), s.coded_scales, 1), offset(rows, s.groups(), s.coded_scales, 0.1f) {
+        : rows(s.rows), columns(s.columns), bits(s.bits), scale(rows, s.groups(), s.scale_bits, 1), offset(rows, s.groups(), s.scale_bits, 0.1f) {
         codes.resize(size_t(rows) * size_t((columns + 31) / 32 * 4 * bits));
         for (auto& byte : codes) byte = uint8_t(draw(256));
+        for (int i = 0; s.zeros && i < rows * s.groups(); ++i) zeros.push_back(int8_t(int(draw(3)) - 1));
         const int entries = 1 << bits;
         for (int i = 0; i < s.tables * entries; ++i) levels.push_back(s.linear_levels ? float(i % entries - entries / 2) : unit());
         // Tables that differ from row to row, or only every four rows.
@@ -126,7 +136,7 @@ struct Record {
             for (int k = 0; k < columns; ++k) {
                 const size_t at = size_t(i * s.groups() + k / s.group);
                 const float level = levels[size_t(table_of_row[size_t(i)] << bits) + size_t(code(i, k))];
-                dense[size_t(i) * columns + k] = level * scale.values[at];
+                dense[size_t(i) * columns + k] = (level - (s.zeros ? zeros[at] : 0)) * scale.values[at];
                 if (s.offsets) dense[size_t(i) * columns + k] += offset.values[at];
             }
             for (int e = starts[size_t(i)]; e < starts[size_t(i) + 1]; ++e) {
@@ -136,9 +146,10 @@ struct Record {
         stage.codes = codes.data(), stage.levels = levels.data();
         stage.scale = scale.stored(), stage.scale_super = scale.supers.data();
         if (s.offsets) stage.offset = offset.stored(), stage.offset_super = offset.supers.data();
+        if (s.zeros) stage.zero = zeros.data();
         stage.table_of_row = s.tables > 1 ? table_of_row.data() : nullptr;
         stage.rows = rows, stage.bits = bits, stage.group_size = s.group, stage.tables = s.tables;
-        stage.scale_bits = s.coded_scales ? 8 : 16, stage.per_super = Groups::kPerSuper;
+        stage.scale_bits = s.scale_bits, stage.per_super = Groups::kPerSuper;
         source.stages = &stage, source.stage_count = 1, source.rows = rows, source.columns = columns;
         source.outliers = int32_t(values.size());
         source.outlier_values = values.data(), source.outlier_columns = outlier_columns.data();
