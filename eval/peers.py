@@ -1,0 +1,140 @@
+"""Our checkpoints and other libraries' side by side: same model, same text, same rule for bytes.
+
+    python eval/peers.py [--environment DIR] [--model DIR] [--text FILE] [--characters 130000] [--calibration FILE]
+                         [--peers NAME ...] [--name NAME]
+
+Makes a virtual environment (a temporary one unless a directory is given, which is kept and reused), installs torch and
+Transformers at the versions of ``constraints.txt`` and then each peer from PyPI, and measures every row there in a process
+of its own. A peer that does not install, load or run is a row that says why.
+
+Bytes are those of the weight files that a library's ``save_pretrained`` or GGUF writer makes of the 16-bit checkpoint; where
+it saves no such file, of all tensors it holds in memory, each counted once. Bits per weight are these bytes over all weights
+of the model, embedding and norms included. KL is KL(original || quantized) in nats per predicted token, the original in
+float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from peer_models import PEERS
+from results_file import RESULTS, write
+from tables import markdown
+
+from hf_lowbit.demo import calibration_text, embedded_model, held_out_text
+
+ROOT = Path(__file__).parents[1]
+MINUTES = 20
+BASE = ("transformers", "accelerate", "safetensors", "filelock", "rich")
+# What else a peer needs from PyPI beside the package it is named after.
+WITH = {"llama-cpp-python": ("gguf",), "gptqmodel": ("--no-build-isolation",)}
+
+
+def environment(folder: Path) -> Path:
+    """The interpreter of a virtual environment with torch and Transformers at our versions, made if it is not there."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    done = install(python, [pinned("torch")]) or install(python, list(BASE))
+    if done:
+        raise SystemExit(f"torch and Transformers do not install into {folder}: {done}")
+    return python
+
+
+def pinned(package: str) -> str:
+    """A package at the version of ``constraints.txt``."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith(f"{package}=="))
+
+
+def install(python: Path, packages: list[str], minutes: int = 15) -> str | None:
+    """Install from PyPI without moving torch or Transformers; None, or why it failed."""
+    constraints = [pinned(package) for package in ("torch", "transformers")]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n".join(constraints) + "\n")
+        file.flush()
+        command = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", file.name, *packages]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60 * minutes, check=False)
+        except subprocess.TimeoutExpired:
+            return f"not done in {minutes} minutes"
+    if not done.returncode:
+        return None
+    errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    return (errors[-1] if errors else done.stderr.strip()[-160:] or f"pip ended with {done.returncode}")[:200]
+
+
+def measure(python: Path, label: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One row, from a process of its own."""
+    command = [str(python), str(ROOT / "eval" / "peer_models.py"), label]
+    for name in ("model", "text", "calibration", "characters"):
+        command += [f"--{name}", str(getattr(args, name))]
+    alone = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_LOWBIT_CPU_ARITHMETIC": "exact"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60 * MINUTES, check=False, env=alone, cwd=tempfile.gettempdir()
+        )
+    except subprocess.TimeoutExpired:
+        return {"fails": f"not done in {MINUTES} minutes"}
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError):
+        last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        return {"fails": f"ended with {done.returncode}: {last[:160]}"}
+
+
+def version_of(python: Path, package: str) -> str | None:
+    """Installed version of a package in the environment."""
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Measured rows as Markdown, then a line for each that failed."""
+    measured = {label: row for label, row in rows.items() if "fails" not in row}
+    failed = [f"* {label}: {row['fails']}" for label, row in rows.items() if "fails" in row]
+    return "\n".join([markdown(measured), "", *failed])
+
+
+def main() -> None:
+    """Install, measure, print the table, write ``eval/results``; what was measured before is kept unless asked for again."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--environment", type=Path, help="directory of the virtual environment")
+    parser.add_argument("--model", default=str(embedded_model()))
+    parser.add_argument("--text", default=str(held_out_text()))
+    parser.add_argument("--characters", type=int, default=130_000)
+    parser.add_argument("--calibration", default=str(calibration_text()))
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--name", default="peers")
+    args = parser.parse_args()
+    args.model, args.text, args.calibration = (str(Path(p).resolve()) for p in (args.model, args.text, args.calibration))
+    sources = {name: Path(getattr(args, name)).name for name in ("model", "text", "calibration")}
+    known = RESULTS / f"{args.name}.json"
+    rows: dict[str, dict[str, Any]] = json.loads(known.read_text(encoding="utf-8"))["result"] if known.exists() else {}
+    with nullcontext(args.environment) if args.environment else tempfile.TemporaryDirectory() as folder:
+        python = environment(Path(folder).resolve())
+        for peer in args.peers:
+            failed = None if peer == "hf-lowbit" else install(python, [*WITH.get(peer, ()), peer])
+            for label in PEERS[peer]:
+                rows[label] = {"fails": f"does not install: {failed}"} if failed else measure(python, label, args)
+                if peer != "hf-lowbit":
+                    rows[label]["version"] = version_of(python, peer)
+                print(f"{label:44} {rows[label]}", flush=True)
+            order = [label for of_peer in PEERS.values() for label in of_peer]
+            rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else -1))
+            path = write(args.name, rows, sources)
+    print(f"\n{table(rows)}\n\nwritten to {path}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
