@@ -58,25 +58,36 @@ def tensor_bytes(tensors: Any) -> int:
     return sum(seen.values())
 
 
+def held_bytes(model: Any) -> int:
+    """Bytes of all tensors a model holds in memory."""
+    return tensor_bytes([*model.parameters(), *model.buffers()])
+
+
 def hf_lowbit(model: str, calibration: str, **settings: Any) -> Made:
-    """Ours: quantized, saved, counted as files."""
-    from hf_lowbit import LowBitConfig, quantize
+    """Ours: quantized while loading, saved, counted as files, opened again."""
+    from hf_lowbit import LowBitConfig
     from hf_lowbit.solvers import SOLVERS
 
     if SOLVERS[settings["method"]].evidence != "none":
         settings["calibration"] = calibration
-    made = quantize(dense(model).float(), LowBitConfig(**settings), tokenizer=AutoTokenizer.from_pretrained(model))
-    return made, saved_bytes(made.half())
+    made = dense(model, quantization_config=LowBitConfig(**settings))
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), size
 
 
 def quanto(model: str, calibration: str, kind: str) -> Made:
     """optimum-quanto, groups of 128."""
     from optimum import quanto as library
 
-    made = dense(model)
-    library.quantize(made, weights=getattr(library, kind), exclude="lm_head")
-    library.freeze(made)
-    return made, tensor_bytes([*made.parameters(), *made.buffers()])
+    def made(dtype: torch.dtype) -> Any:
+        out = dense(model).to(dtype)
+        library.quantize(out, weights=getattr(library, kind), exclude="lm_head")
+        library.freeze(out)
+        return out
+
+    return made(torch.float32), held_bytes(made(torch.float16))
 
 
 def bitsandbytes(model: str, calibration: str, kind: str, double: bool) -> Made:
@@ -105,7 +116,10 @@ def hqq(model: str, calibration: str, bits: int) -> Made:
     held = [value for layer in layers for value in [layer.W_q, *layer.meta.values()] if isinstance(value, torch.Tensor)]
     if not layers:
         raise RuntimeError("no layer was quantized")
-    return made, tensor_bytes([*made.parameters(), *made.buffers(), *held])
+    size = tensor_bytes([*made.parameters(), *made.buffers(), *held])
+    for layer in layers:  # what is stored stays in 16 bits; the arithmetic around it is float32 as for all others
+        layer.compute_dtype = layer.meta["compute_dtype"] = torch.float32
+    return made, size
 
 
 def torchao(model: str, calibration: str, kind: str) -> Made:
@@ -119,8 +133,12 @@ def torchao(model: str, calibration: str, kind: str) -> Made:
         config = library.Int4WeightOnlyConfig(group_size=64)
     else:
         config = library.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=library.PerGroup(64))
-    made = dense(model, quantization_config=TorchAoConfig(config), device_map="cpu")
-    return made, tensor_bytes([*made.parameters(), *made.buffers()])
+
+    def made(dtype: torch.dtype) -> Any:
+        options = {"quantization_config": TorchAoConfig(config), "device_map": "cpu"}
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, **options).eval()
+
+    return made(torch.float32), held_bytes(made(torch.float16))
 
 
 def llama_cpp(model: str, calibration: str, kind: str) -> Made:
@@ -257,12 +275,17 @@ PEERS: dict[str, dict[str, Callable[[str, str], Made]]] = {
 }
 
 
+def in_float32(model: Any) -> Any:
+    """The model with float32 arithmetic around its quantized weights, where its library has not chosen that already."""
+    return model if getattr(model, "is_quantized", False) else model.float()
+
+
 def row(make: Callable[[str, str], Made], args: argparse.Namespace, ids: torch.Tensor, reference: Any) -> dict[str, Any]:
     """Sizes and measures of one way to quantize; or why there are none."""
     try:
         made, size = make(args.model, args.calibration)
         if isinstance(made, torch.nn.Module):
-            made = made.float() if not getattr(made, "is_loaded_in_4bit", False) else made
+            made = in_float32(made)
         found = divergence(made, reference, ids)
     except Exception as error:  # whatever a foreign library trips over is its row
         return {"fails": f"does not load or run: {type(error).__name__}: {' '.join(str(error).split())[:160]}"}
