@@ -9,9 +9,9 @@ of its own. A peer that does not install, load or run is a row that says why.
 
 Bytes are those of the weight files that a library's ``save_pretrained`` or GGUF writer makes of the 16-bit checkpoint; where
 it saves no such file, of all tensors it holds in memory, each counted once. Bits per weight are these bytes over all weights
-of the model, embedding and norms included. Quality is measured with float32 arithmetic; where a finished model cannot be cast
-to it, on the same model quantized in float32. KL is KL(original || quantized) in nats per predicted token, the original in
-float32.
+of the model, embedding and norms included. Quality is measured with float32 arithmetic; where a finished model cannot be
+cast to it, on the same model quantized in float32. KL is KL(original || quantized) in nats per predicted token, the original
+in float32.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def read_points(file: str) -> list[Point]:
     found = [
         Point(label, row["bytes"], _number(row.get("kl")), _number(row.get("perplexity")), Path(file).name)
         for label, row in _rows(content, Path(file).stem)
-        if isinstance(row.get("bytes"), int) and row["bytes"] > 0 and _number(row.get("perplexity")) is not None
+        if (_number(row.get("bytes")) or 0) > 0 and _number(row.get("perplexity")) is not None
     ]
     if not found:
         raise BadRequest(
