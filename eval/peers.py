@@ -107,6 +107,12 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join([markdown(measured), "", *failed])
 
 
+def stored(name: str) -> dict[str, dict[str, Any]]:
+    """Rows measured before."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["result"] if path.exists() else {}
+
+
 def main() -> None:
     """Install, measure, print the table, write ``eval/results``; what was measured before is kept unless asked for again."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -120,20 +126,19 @@ def main() -> None:
     args = parser.parse_args()
     args.model, args.text, args.calibration = (str(Path(p).resolve()) for p in (args.model, args.text, args.calibration))
     sources = {name: Path(getattr(args, name)).name for name in ("model", "text", "calibration")}
-    known = RESULTS / f"{args.name}.json"
-    rows: dict[str, dict[str, Any]] = json.loads(known.read_text(encoding="utf-8"))["result"] if known.exists() else {}
+    order = [label for of_peer in PEERS.values() for label in of_peer]
     with nullcontext(args.environment) if args.environment else tempfile.TemporaryDirectory() as folder:
         python = environment(Path(folder).resolve())
         for peer in args.peers:
             failed = None if peer == "hf-lowbit" else install(python, [*WITH.get(peer, ()), peer])
             for label in PEERS[peer]:
-                rows[label] = {"fails": f"does not install: {failed}"} if failed else measure(python, label, args)
+                found = {"fails": f"does not install: {failed}"} if failed else measure(python, label, args)
                 if peer != "hf-lowbit":
-                    rows[label]["version"] = version_of(python, peer)
-                print(f"{label:44} {rows[label]}", flush=True)
-            order = [label for of_peer in PEERS.values() for label in of_peer]
-            rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else -1))
-            path = write(args.name, rows, sources)
+                    found["version"] = version_of(python, peer)
+                print(f"{label:44} {found}", flush=True)
+                rows = stored(args.name) | {label: found}  # other peers may be measured beside this one
+                rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else -1))
+                path = write(args.name, rows, sources)
     print(f"\n{table(rows)}\n\nwritten to {path}", file=sys.stdout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from hf_lowbit.page import escape
 from hf_lowbit.report.draw import element, linear_ticks, log_ticks, picture, place_labels, squarify, words
@@ -27,15 +28,14 @@ def size_against_quality(points: Sequence[Point], quality: str, caption: str) ->
     y = _log_axis(min(values), max(values), bottom - 8, top + 8)
     parts = [_grid(x, y, (left, top, right, bottom), "size, MB", caption)]
     best = frontier(list(points), quality)
-    steps = "".join(
-        f"{'H' if number else 'M'}{x.at(p.bytes / 1e6):.1f}" + (f"V{y.at(getattr(p, quality)):.1f}" if number else
-        f" {y.at(getattr(p, quality)):.1f}") for number, p in enumerate(best)
-    )  # fmt: skip
-    if len(best) > 1:
-        parts.append(element("path", d=steps, class_="frontier"))
+    corners = [(x.at(p.bytes / 1e6), y.at(getattr(p, quality))) for p in best]
+    lines = [line for one, two in pairwise(corners) for line in _step(one, two)]
+    if lines:
+        down = "".join(f"H{across:.1f}V{height:.1f}" for across, height in corners[1:])
+        parts.append(element("path", d=f"M{corners[0][0]:.1f} {corners[0][1]:.1f}{down}", class_="frontier"))
     ordered = sorted(points, key=lambda p: (not p.own, p not in best))
     anchors = [(x.at(p.bytes / 1e6), y.at(getattr(p, quality)), p.label) for p in ordered]
-    spots = place_labels(anchors, 11, (left, top, right, bottom), RADIUS)
+    spots = place_labels(anchors, 11, (left, top, right, bottom), RADIUS, lines)
     labels = []
     for point, (across, down, label), spot in zip(ordered, anchors, spots, strict=True):
         told = f"{point.label}: {point.bytes / 1e6:,.2f} MB, {quality} {getattr(point, quality):.4g}"
@@ -46,6 +46,11 @@ def size_against_quality(points: Sequence[Point], quality: str, caption: str) ->
             labels.append(words(*spot, label, class_=f"label {kind}", font_size=11))
     told = f"Size against {caption} of {len(points)} models; the table beside it has every number."
     return picture(*PLANE, told, *parts, *labels)
+
+
+def _step(one: tuple[float, float], two: tuple[float, float]) -> list[tuple[float, float, float, float]]:
+    """From a point across and then down to the next one, as two boxes without breadth."""
+    return [(one[0], one[1] - 1, two[0], one[1] + 1), (two[0] - 1, one[1], two[0] + 1, two[1])]
 
 
 class _Axis:
@@ -158,7 +163,7 @@ def treemap(parts: Sequence[tuple[str, str, int, str]], told: str) -> str:
     boxes = squarify([size for _, _, size, _ in ordered], 160.0, 100.0)
     cells = "".join(
         f'<div class="fill-{fill}" style="left:{x / 1.6:.3f}%;top:{y:.3f}%;width:{w / 1.6:.3f}%;height:{h:.3f}%" '
-        f'title="{escape(f"{name}: {size:,} bytes")}"><span><b>{escape(short)}</b><br>{bytes_of(size)}</span></div>'
+        f'title="{escape(f"{name}: {size:,} bytes")}"><span><b>{escape(short)}</b><i>{bytes_of(size)}</i></span></div>'
         for (name, short, size, fill), (x, y, w, h) in zip(ordered, boxes, strict=True)
     )
     return f'<div class="map" role="img" aria-label="{escape(told)}">{cells}</div>'

@@ -41,6 +41,7 @@ figcaption { margin: 0 0 .7rem; } figcaption small { margin-left: .4rem; }
 .point circle { stroke: var(--card); stroke-width: 1.2; }
 .point.own circle { fill: var(--warm); } .point.best circle { fill: var(--accent); }
 .point.other circle { fill: var(--card); stroke: var(--muted); stroke-width: 1.5; }
+.label { paint-order: stroke; stroke: var(--card); stroke-width: 3px; stroke-linejoin: round; }
 .chart .label.own { fill: var(--warm); font-weight: 700; } .chart .label.best { fill: var(--ink); }
 .after { fill: var(--accent); opacity: .42; } .before { fill: none; stroke: var(--warm); stroke-width: 1.6;
   stroke-linejoin: round; }
@@ -60,13 +61,12 @@ table { font-variant-numeric: tabular-nums; }
 .rows tr:last-child th, .rows tr:last-child td { border-bottom: 0; } .rows tr > :last-child { padding-right: 0; }
 .rows tr.own th, .rows tr.own td { background: var(--softwarm); } .rows .words { text-align: left; white-space: normal;
   min-width: 15rem; }
-.rows.wide th:first-child { min-width: 7rem; }
 .heat { width: 100%; border-collapse: separate; border-spacing: 2px; table-layout: fixed; font-size: .82rem; }
 .heat th { font-weight: 500; color: var(--muted); font-size: .74rem; padding: .1rem; text-align: center;
   line-height: 1.15;
   vertical-align: bottom; overflow-wrap: anywhere; }
 .heat th:first-child { width: 2.9rem; } .heat td { text-align: center; padding: .42rem 0; border-radius: 3px; }
-.heat .none { color: var(--muted); }
+.heat tbody th { vertical-align: middle; } .heat .none { color: var(--muted); }
 .bar { display: flex; gap: 2px; height: 2.2rem; border-radius: .4rem; overflow: hidden; } .bar span { min-width: 2px;
   flex-basis: 0; }
 .key { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .8rem 0 0; padding: 0;
@@ -76,10 +76,14 @@ table { font-variant-numeric: tabular-nums; }
 .map { position: relative; aspect-ratio: 9 / 4; width: 100%; border-radius: .4rem; overflow: hidden; }
 .map div { position: absolute; border: 1px solid var(--card); overflow: hidden; container-type: size; }
 .map span { display: block; padding: .3rem .45rem; font-size: .78rem; line-height: 1.25; white-space: nowrap; }
-.map b { font-weight: 600; }
-@container (max-width: 3.9rem) { .map span { display: none; } }
-@container (max-height: 2.5rem) { .map span { display: none; } }
-@media (max-width: 40rem) { .map { aspect-ratio: 4 / 5; } .map span { font-size: .7rem; padding: .2rem .3rem; }
+.map span { overflow: hidden; text-overflow: ellipsis; } .map b { font-weight: 600; }
+.map i { display: block; font-style: normal; }
+@container (max-width: 3.9rem) { .map i { display: none; } }
+@container (max-width: 2.8rem) { .map span { display: none; } }
+@container (max-height: 2.5rem) { .map i { display: none; } }
+@container (max-height: 1.4rem) { .map span { display: none; } }
+@media (max-width: 40rem) { .map { aspect-ratio: 4 / 5; } .map span { font-size: .68rem; padding: .15rem .25rem; }
+  .rows { font-size: .82rem; } .rows th, .rows td { padding-right: .5rem; } .rows th:first-child { min-width: 6.5rem; }
   section { margin-bottom: 2.4rem; }
   .tiles { grid-template-columns: 1fr 1fr; } .tiles dd { font-size: 1.4rem; } .tiles div, .card { padding: .8rem; }
   .heat { font-size: .74rem; }
@@ -90,7 +94,7 @@ details summary { cursor: pointer; font-weight: 600; } details[open] summary { m
   font-size: 1.03rem; margin: 0; }
 .prompt { color: var(--muted); } mark { background: var(--softwarm); color: inherit; text-decoration: underline;
   text-decoration-color: var(--warm); text-decoration-thickness: 2px; text-underline-offset: 3px; border-radius: 2px; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)); gap: .8rem 1.2rem; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .8rem 1.2rem; }
 .facts dt { color: var(--muted); font-size: .82rem; } .facts dd { margin: 0; overflow-wrap: anywhere; }
 .missing { padding-left: 2rem; } .note { font-size: .85rem; color: var(--muted); margin: .8rem 0 0; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }

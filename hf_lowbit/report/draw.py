@@ -9,7 +9,7 @@ from typing import Any
 from hf_lowbit.page import escape
 
 # Mean advance of a character of the page's font, as a share of its size.
-ADVANCE = 0.56
+ADVANCE = 0.62
 
 
 def element(name: str, *children: str, **attributes: Any) -> str:
@@ -63,21 +63,26 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def place_labels(
-    anchors: Sequence[tuple[float, float, str]], size: float, bounds: tuple[float, float, float, float], radius: float
+    anchors: Sequence[tuple[float, float, str]],
+    size: float,
+    bounds: tuple[float, float, float, float],
+    radius: float,
+    lines: Sequence[tuple[float, float, float, float]] = (),
 ) -> list[tuple[float, float] | None]:
-    """Where labels go beside their points without covering a point or one another, the first ones served first.
+    """Where labels go beside their points without covering a point, a line or one another, the first ones served first.
 
     Args:
         anchors: point and label of each.
         size: of the font.
         bounds: left, top, right and bottom of the plane.
         radius: of a point.
+        lines: left, top, right and bottom of each straight line across or down.
 
     Returns:
         Left end of the base line of each label, or None where it does not fit.
     """
     left, top, right, bottom = bounds
-    taken = [(x - radius, y - radius, x + radius, y + radius) for x, y, _ in anchors]
+    taken = [*lines, *((x - radius, y - radius, x + radius, y + radius) for x, y, _ in anchors)]
     out: list[tuple[float, float] | None] = []
     for x, y, label in anchors:
         wide, gap = width_of(label, size), radius + 4

@@ -76,9 +76,8 @@ def quality(facts: Facts) -> str:
     lead = f"Measured now on {found.text}: {found.tokens:,} tokens in windows of {found.window}. Left and down is better."
     notes = []
     if sources := sorted({p.source for p in facts.points if not p.own}):
-        notes.append(
-            f"Points from {', '.join(sources)} are as measured then: compare them only where model and text were the same."
-        )
+        named = ", ".join(sources) if len(sources) < 4 else f"{len(sources)} files"
+        notes.append(f"Points from {named} are as measured then: compare them only where model and text were the same.")
     if left:
         notes.append(
             f"{left} without a positive {measure} (the original itself has none) {'is' if left == 1 else 'are'} not drawn."
@@ -104,7 +103,9 @@ def _point_rows(points: Sequence[Point], measure: str) -> str:
     for point in sorted(points, key=lambda p: p.bytes):
         name = f"<b>{escape(point.label)}</b>" if point.own else escape(point.label)
         mark = (
-            ' <small title="no other is both smaller and better">best</small>' if point in best and len(points) > 1 else ""
+            ' <small title="no other is both smaller and better">unbeaten</small>'
+            if point in best and len(points) > 1
+            else ""
         )
         kl = "" if point.kl is None else f"{point.kl:.4f}"
         perplexity = "" if point.perplexity is None else f"{point.perplexity:.2f}"
@@ -263,19 +264,15 @@ def detector(facts: Facts) -> str:
     """What the detector says of the texts above."""
     if not facts.verdicts:
         return ""
-    rows = "".join(
-        f'<tr><th scope="row">{escape(v.label)}</th><td>{"" if v.spot is None else f"{v.spot:.4f}"}</td><td>{v.tokens}</td>'
-        f'<td class="words"><b>{escape(v.headline)}.</b> {escape(v.reason[:1].upper() + v.reason[1:])}.</td></tr>'
-        for v in facts.verdicts
-    )
-    head = "".join(f'<th scope="col">{text}</th>' for text in ("text of", "SPOT score", "tokens"))
-    head += '<th scope="col" class="words">verdict</th>'
+    cards = "".join(
+        card(v.label, "" if v.spot is None else f"SPOT score {v.spot:.4f} over {v.tokens} tokens",
+             f"<p><b>{escape(v.headline)}.</b> {escape(v.reason[:1].upper() + v.reason[1:])}.</p>")
+        for v in reversed(facts.verdicts)
+    )  # fmt: skip
     lead = f"The texts above, read by the detector {facts.detector}. SPOT is low where each token was easy to guess."
     limits = "".join(f"<li>{escape(limit)}</li>" for limit in LIMITS)
-    body = (
-        f'<div class="card scroll"><table class="rows wide"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
-        f"<details><summary>What it does not know</summary><ul>{limits}</ul></details></div>"
-    )
+    known = f'<details class="card"><summary>What it does not know</summary><ul>{limits}</ul></details>'
+    body = f'<div class="pair even">{cards}</div>{known}'
     return section("Would a detector notice?", lead, body, "detector")
 
 
