@@ -30,6 +30,7 @@ figcaption { margin: 0 0 .7rem; } figcaption small { margin-left: .4rem; }
 .tiles small { display: block; letter-spacing: 0; font-size: .8rem; line-height: 1.35; }
 .pair { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
   align-items: start; }
+.pair + .card { margin-top: 1rem; } .card p { margin: 0 0 .6rem; } .card p:last-child { margin-bottom: 0; }
 .cards { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 16rem), 1fr)); }
 .scroll { overflow-x: auto; }
 .chart { display: block; width: 100%; height: auto; max-width: 36rem; margin: 0 auto; overflow: visible; }

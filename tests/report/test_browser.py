@@ -18,7 +18,7 @@ OVERLAPS = """() => {
 CUT = """() => [...document.querySelectorAll('.map div')].filter(cell => {
   const words = cell.querySelector('span');
   return getComputedStyle(words).display != 'none'
-    && (words.scrollWidth > cell.clientWidth + 1 || words.offsetHeight > cell.clientHeight + 1); }).length"""
+    && (words.offsetWidth > cell.clientWidth + 1 || words.offsetHeight > cell.clientHeight + 1); }).length"""
 
 
 @pytest.fixture(scope="module")
