@@ -1,7 +1,7 @@
 """Our checkpoints and other libraries' side by side: same model, same text, same rule for bytes.
 
     python eval/peers.py [--environment DIR] [--model DIR] [--text FILE] [--characters 130000] [--calibration FILE]
-                         [--peers NAME ...] [--name NAME]
+                         [--peers NAME ...] [--only WORDS] [--missing] [--name NAME]
 
 Makes a virtual environment (a temporary one unless a directory is given, which is kept and reused), installs torch and
 Transformers at the versions of ``constraints.txt`` and then each peer from PyPI, and measures every row there in a process
@@ -122,6 +122,8 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=130_000)
     parser.add_argument("--calibration", default=str(calibration_text()))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--only", default="", metavar="WORDS", help="rows that begin so")
+    parser.add_argument("--missing", action="store_true", help="only rows that the result does not hold yet")
     parser.add_argument("--name", default="peers")
     args = parser.parse_args()
     args.model, args.text, args.calibration = (str(Path(p).resolve()) for p in (args.model, args.text, args.calibration))
@@ -130,8 +132,11 @@ def main() -> None:
     with nullcontext(args.environment) if args.environment else tempfile.TemporaryDirectory() as folder:
         python = environment(Path(folder).resolve())
         for peer in args.peers:
+            if args.missing and not PEERS[peer].keys() - stored(args.name).keys():
+                continue
             failed = None if peer == "hf-lowbit" else install(python, [*WITH.get(peer, ()), peer])
-            for label in PEERS[peer]:
+            asked = [label for label in PEERS[peer] if label.startswith(args.only)]
+            for label in [label for label in asked if not (args.missing and label in stored(args.name))]:
                 found = {"fails": f"does not install: {failed}"} if failed else measure(python, label, args)
                 if peer != "hf-lowbit":
                     found["version"] = version_of(python, peer)

@@ -20,10 +20,10 @@ small { color: var(--muted); font-size: .82em; font-weight: 400; }
   min-width: 0; }
 .card + .card { margin-top: 1rem; } .pair .card, .cards .card { margin-top: 0; }
 figcaption { margin: 0 0 .7rem; } figcaption small { margin-left: .4rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: 1px; margin: 1.6rem 0 0;
+.tiles { display: flex; flex-wrap: wrap; gap: 1px; margin: 1.6rem 0 0;
   padding: 0;
   background: var(--line); border: 1px solid var(--line); border-radius: .7rem; overflow: hidden; }
-.tiles div { background: var(--card); padding: 1rem 1.1rem; }
+.tiles div { background: var(--card); padding: 1rem 1.1rem; flex: 1 1 10.5rem; }
 .tiles dt { color: var(--muted); font-size: .85rem; }
 .tiles dd { margin: .1rem 0 0; font-size: 1.75rem; font-weight: 650; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; }
@@ -86,9 +86,8 @@ table { font-variant-numeric: tabular-nums; }
 @media (max-width: 40rem) { .map { aspect-ratio: 4 / 5; } .map span { font-size: .68rem; padding: .15rem .25rem; }
   .rows { font-size: .82rem; } .rows th, .rows td { padding-right: .5rem; } .rows th:first-child { min-width: 6.5rem; }
   section { margin-bottom: 2.4rem; }
-  .tiles { grid-template-columns: 1fr 1fr; } .tiles dd { font-size: 1.4rem; } .tiles div, .card { padding: .8rem; }
-  .heat { font-size: .74rem; }
-  .tiles div:last-child:nth-child(odd) { grid-column: 1 / -1; } }
+  .tiles dd { font-size: 1.4rem; } .tiles div, .card { padding: .8rem; } .tiles div { flex-basis: 8.5rem; }
+  .heat { font-size: .74rem; } }
 details summary { cursor: pointer; font-weight: 600; } details[open] summary { margin-bottom: .7rem; }
   .card details { margin-top: .8rem; }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font-family: Georgia, "Times New Roman", serif;
@@ -97,7 +96,7 @@ details summary { cursor: pointer; font-weight: 600; } details[open] summary { m
   text-decoration-color: var(--warm); text-decoration-thickness: 2px; text-underline-offset: 3px; border-radius: 2px; }
 .facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .8rem 1.2rem; }
 .facts dt { color: var(--muted); font-size: .82rem; } .facts dd { margin: 0; overflow-wrap: anywhere; }
-.missing { padding-left: 2rem; } .note { font-size: .85rem; color: var(--muted); margin: .8rem 0 0; }
+.missing { padding-left: 2rem; } .card .note { font-size: .85rem; color: var(--muted); margin: .8rem 0 0; }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 footer { color: var(--muted); font-size: .85rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 @media print { main { padding: 0; } section, figure, .card { break-inside: avoid; } .scroll { overflow: visible; }
