@@ -102,7 +102,8 @@ def strings(file: Path) -> list[str]:
 @pytest.mark.parametrize("page", [*DOCS, ROOT / "README.md", ROOT / "eval" / "README.md"], ids=lambda path: path.name)
 def test_links_and_files_named_exist(page):
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', text)
+    for target in [*re.findall(r"\]\((?!https?:|#)([^)#]+)", text), *pictures]:
         assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
     for name in re.findall(r"`(eval/[\w/]+\.(?:py|json))`", text):
         assert (ROOT / name).exists(), f"{page.name} names {name}, which is not there"

@@ -110,7 +110,7 @@ def _matrix(name: str, low: LowBitTensor, end: bool, weight: Tensor | None) -> M
     exponent = stage.levels.exponent
     decoded = low.dequantize()
     if weight is not None and weight.shape != decoded.shape:
-        weight = weight.T if weight.T.shape == decoded.shape else None  # GPT-2's layers hold their weights the other way
+        weight = weight.mT if weight.mT.shape == decoded.shape else None  # GPT-2's layers hold their weights the other way
     tables = low.table()[:MOST_TABLES]
     tables = tables / tables.abs().amax(1, keepdim=True).clamp_min(1e-12)
     error = None if weight is None else float((decoded - weight).norm() / weight.norm().clamp_min(1e-12))
@@ -159,7 +159,12 @@ def _with_measures(
         left_out["Size against quality"] = "no text to measure on; give --reference SRC, --text FILE or both."
         return facts
     name, content = text
-    ids = checkpoint.tokenize(checkpoint.load_tokenizer(directory), content)
+    try:
+        tokenizer = checkpoint.load_tokenizer(directory)
+    except BadRequest as error:
+        left_out["Size against quality"] = f"the checkpoint has no tokenizer ({error})"
+        return facts
+    ids = checkpoint.tokenize(tokenizer, content)
     width = measure.windows(ids, window).shape[1]
     for one in (model, original):
         if one is not None:

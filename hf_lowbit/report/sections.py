@@ -32,8 +32,8 @@ def card(title: str, note: str, body: str) -> str:
 
 def header(facts: Facts) -> str:
     """Name, one sentence, and the numbers one asks for first."""
-    bits = facts.settings.get("bits")
-    made = f"{facts.method}{f', {bits:g} bits' if isinstance(bits, int | float) else ''}"
+    widths = sorted({m.bits for m in facts.matrices if not m.end})
+    made = f"{facts.method}{f', {_range(widths)} bits' if widths else ''}"
     if facts.transforms:
         made += f" after {', '.join(facts.transforms)}"
     of = f" of <b>{escape(facts.reference)}</b>" if facts.reference else ""
@@ -52,6 +52,10 @@ def header(facts: Facts) -> str:
         f'<p class="lead">A low-bit version{of}, made with {escape(made)}.</p>'
         f'<dl class="tiles">{"".join(tiles)}</dl></header>'
     )
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def tile(label: str, value: str, note: str) -> str:
@@ -159,7 +163,7 @@ def levels(facts: Facts) -> str:
 def _family(matrices: Sequence[Matrix]) -> str:
     families = dict.fromkeys(m.levels.partition("(")[0].replace("_", " ") for m in matrices)
     bits = sorted({m.bits for m in matrices})
-    return f"{', '.join(families)}, {' and '.join(map(str, bits))} bits"
+    return f"{', '.join(families)}, {_range(bits)} bits"
 
 
 def memory(facts: Facts) -> str:

@@ -8,7 +8,9 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import safe_open
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_lowbit import demo
 from hf_lowbit.cli import main
@@ -91,6 +93,19 @@ def test_bad_requests_are_refused(reported, refused, tmp_path):
     refused(2, ["report", model, "--html", tmp_path / "a.html", "--tokens", "-1"], "--tokens must be 0 or more")
     refused(2, ["report", model, "--html", tmp_path / "a.html", "--prompt", ""], "makes no token", "--prompt")
     refused(2, ["report", model, "--html", tmp_path / "a.html", "--reference", "nowhere"], "nowhere")
+
+
+def test_a_model_without_tokenizer_whose_weights_lie_the_other_way(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_inner=64, vocab_size=300, n_positions=32)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    source, target, page = (str(tmp_path / name) for name in ("gpt2", "low", "page.html"))
+    options = ("--method", "rtn", "--bits", "4", "--residual-terms", "2", "--outliers", "0.01")
+    assert main(["quantize", source, target, *options, "--json"]) == 0
+    assert main(["report", target, "--html", page, "--reference", source]) == 0
+    text = Path(page).read_text(encoding="utf-8")
+    assert "c_attn" in text and "Relative error" in text
+    assert "Size against quality</b>: the checkpoint has no tokenizer" in text
 
 
 def test_json_is_one_object_with_the_page_in_it(reported):

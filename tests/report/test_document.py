@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from hf_lowbit import page as shell
 from hf_lowbit.report.document import document
 from hf_lowbit.report.facts import BINS, Continuation, Facts, Matrix, Measured, Point, Verdict
 
@@ -95,6 +96,12 @@ def test_nothing_is_loaded():
     assert "http:" not in page and "https:" not in page and "url(" not in page and "@import" not in page
     policy = next(attributes["content"] for _, attributes in reader.found if "http-equiv" in attributes)
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_the_shell_allows_pictures_only_where_there_are_some():
+    assert "img-src" not in shell.page("a<b", "")
+    assert "img-src data:" in shell.page("a<b", "", images=True)
+    assert "<title>a&lt;b</title>" in shell.page("a<b", "")
 
 
 def test_drawings_say_what_they_show():
