@@ -122,7 +122,7 @@ def _point_rows(points: Sequence[Point], measure: str) -> str:
 def layers(facts: Facts) -> str:
     """Bits and error of every matrix of every block."""
     told = "Bits per weight of each matrix, everything stored for it counted."
-    body = _heat_card("Bits per weight", "lighter is fewer", charts.heat_table(
+    body = _heat_card("Bits per weight", "fainter is fewer", charts.heat_table(
         facts.matrices, lambda m: m.bits_per_weight, lambda v: f"{v:.2f}", "bits", told))  # fmt: skip
     lead = "Where the bits go, block by block."
     known = [m for m in facts.matrices if m.error is not None]
@@ -130,7 +130,7 @@ def layers(facts: Facts) -> str:
         worst = max(known, key=lambda m: m.error or 0.0)
         lead = f"Where the bits go and what rounding changed, block by block. Furthest from the original: {worst.name}."
         told = "Relative error of each matrix: norm of the change over the norm of the original."
-        body += _heat_card("Relative error, %", "lighter is closer to the original", charts.heat_table(
+        body += _heat_card("Relative error, %", "fainter is closer to the original", charts.heat_table(
             facts.matrices, lambda m: m.error, lambda v: f"{100 * v:.1f}", "error", told))  # fmt: skip
     return section("Bits and error by block", lead, f'<div class="pair even">{body}</div>', "layers")
 
