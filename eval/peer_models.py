@@ -259,7 +259,7 @@ KEPT = {
 }
 PEERS: dict[str, dict[str, Callable[[str, str], Made]]] = {
     "hf-lowbit": {"original, 16 bits": original} | OURS | KEPT,
-    "optimum-quanto": {f"quanto {kind}": partial(quanto, kind=kind) for kind in ("qint8", "qint4", "qint2")},
+    "optimum-quanto": {f"quanto {kind}": partial(quanto, kind=kind) for kind in ("qint4", "qint2")},
     "bitsandbytes": {
         "bitsandbytes NF4": partial(bitsandbytes, kind="nf4", double=False),
         "bitsandbytes NF4, double": partial(bitsandbytes, kind="nf4", double=True),
@@ -268,7 +268,7 @@ PEERS: dict[str, dict[str, Callable[[str, str], Made]]] = {
     "hqq": {f"HQQ {bits} bits": partial(hqq, bits=bits) for bits in (4, 3, 2)},
     "torchao": {f"torchao {kind}": partial(torchao, kind=kind) for kind in ("int8", "int4", "intx int4")},
     "llama-cpp-python": {
-        f"llama.cpp {kind}": partial(llama_cpp, kind=kind) for kind in ("Q8_0", "Q4_0", "IQ4_NL", "Q4_K_M", "Q3_K_M", "Q2_K")
+        f"llama.cpp {kind}": partial(llama_cpp, kind=kind) for kind in ("Q4_0", "IQ4_NL", "Q4_K_M", "Q3_K_M", "Q2_K")
     },
     "auto-round": {f"AutoRound {bits} bits": partial(auto_round, bits=bits) for bits in (4, 2)},
     "gptqmodel": {"GPTQModel 4 bits": partial(gptqmodel, bits=4)},
