@@ -1,8 +1,8 @@
 """One peer, measured: quantize a checkpoint with a library's own means, and say what the result costs and how far it drifts.
 
-    python eval/peer_models.py ROW --model DIR --text FILE --calibration FILE [--characters N]
+    python eval/peer_models.py ROW ... --model DIR --text FILE --calibration FILE [--characters N]
 
-``eval/peers.py`` starts it inside the environment where the peers are installed; its last line is one JSON object. Each
+``eval/peers.py`` starts it inside the environment where the peers are installed; it prints a line for each row. Each
 library quantizes what it does by default: llama.cpp the embedding too, the others the matrices inside blocks.
 """
 
@@ -28,6 +28,8 @@ LLAMA_NAMES = {
     **{"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"},
     **{"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
 }
+# Begins the line of a row; what libraries print besides is passed over.
+ROW = "row: "
 # What a peer gives: the model to measure, and the bytes of all it stores.
 Made = tuple[Any, int]
 
@@ -300,9 +302,10 @@ def row(make: Callable[[str, str], Made], args: argparse.Namespace, ids: torch.T
 
 
 def main() -> None:
-    """Measure one row, in a process of its own: a library that crashes takes no other row with it."""
+    """Measure rows, a line of JSON each, so that one on which a library crashes takes none before it along."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("label", choices=[label for rows in PEERS.values() for label in rows], metavar="ROW")
+    known = {label: make for rows in PEERS.values() for label, make in rows.items()}
+    parser.add_argument("labels", choices=known, metavar="ROW", nargs="+")
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", required=True)
     parser.add_argument("--calibration", required=True)
@@ -313,8 +316,8 @@ def main() -> None:
     text = Path(args.text).read_text(encoding="utf-8")[: args.characters]
     ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     reference = dense(args.model).float()
-    make = next(rows[args.label] for rows in PEERS.values() if args.label in rows)
-    print(json.dumps(row(make, args, ids, reference)), flush=True)
+    for label in args.labels:
+        print(f"\n{ROW}{json.dumps(row(known[label], args, ids, reference))}", flush=True)
 
 
 if __name__ == "__main__":

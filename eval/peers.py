@@ -4,7 +4,7 @@
                          [--peers NAME ...] [--only WORDS] [--missing] [--name NAME]
 
 Makes a virtual environment (a temporary one unless a directory is given, which is kept and reused), installs torch and
-Transformers at the versions of ``constraints.txt`` and then each peer from PyPI, and measures every row there in a process
+Transformers at the versions of ``constraints.txt`` and then each peer from PyPI, and measures every peer there in a process
 of its own. A peer that does not install, load or run is a row that says why.
 
 Bytes are those of the weight files that a library's ``save_pretrained`` or GGUF writer makes of the 16-bit checkpoint; where
@@ -20,21 +20,20 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import venv
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from peer_models import PEERS
+from peer_models import PEERS, ROW
 from results_file import RESULTS, write
 from tables import markdown
 
 from hf_lowbit.demo import calibration_text, embedded_model, held_out_text
 
 ROOT = Path(__file__).parents[1]
-MINUTES = 20
 BASE = ("transformers", "accelerate", "safetensors", "filelock", "rich")
 # What else a peer needs from PyPI beside the package it is named after.
 WITH = {"llama-cpp-python": ("gguf",), "gptqmodel": ("--no-build-isolation",)}
@@ -45,7 +44,7 @@ def environment(folder: Path) -> Path:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-    done = install(python, [pinned("torch")]) or install(python, list(BASE))
+    done = install(python, ["torch"]) or install(python, list(BASE))
     if done:
         raise SystemExit(f"torch and Transformers do not install into {folder}: {done}")
     return python
@@ -58,7 +57,9 @@ def pinned(package: str) -> str:
 
 
 def install(python: Path, packages: list[str], minutes: int = 15) -> str | None:
-    """Install from PyPI without moving torch or Transformers; None, or why it failed."""
+    """Install from PyPI what is not there, without moving torch or Transformers; None, or why it failed."""
+    if all(version_of(python, package) for package in packages if not package.startswith("-")):
+        return None
     constraints = [pinned(package) for package in ("torch", "transformers")]
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("\n".join(constraints) + "\n")
@@ -74,23 +75,30 @@ def install(python: Path, packages: list[str], minutes: int = 15) -> str | None:
     return (errors[-1] if errors else done.stderr.strip()[-160:] or f"pip ended with {done.returncode}")[:200]
 
 
-def measure(python: Path, label: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One row, from a process of its own."""
-    command = [str(python), str(ROOT / "eval" / "peer_models.py"), label]
-    for name in ("model", "text", "calibration", "characters"):
-        command += [f"--{name}", str(getattr(args, name))]
-    alone = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_LOWBIT_CPU_ARITHMETIC": "exact"}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60 * MINUTES, check=False, env=alone, cwd=tempfile.gettempdir()
-        )
-    except subprocess.TimeoutExpired:
-        return {"fails": f"not done in {MINUTES} minutes"}
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        last = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
-        return {"fails": f"ended with {done.returncode}: {last[:160]}"}
+def measure(python: Path, labels: list[str], args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of one peer from a process of their own; where it ends early, the rest from another one."""
+    while labels:
+        command = [str(python), str(ROOT / "eval" / "peer_models.py"), *labels]
+        for name in ("model", "text", "calibration", "characters"):
+            command += [f"--{name}", str(getattr(args, name))]
+        alone = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_LOWBIT_CPU_ARITHMETIC": "exact"}
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=alone, cwd=tempfile.gettempdir()
+            ) as run,
+        ):
+            assert run.stdout is not None
+            for line in run.stdout:
+                if line.startswith(ROW):
+                    yield labels[0], json.loads(line.removeprefix(ROW))
+                    labels = labels[1:]
+            code = run.wait()
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or ["nothing said"])[-1]
+        if labels:
+            yield labels[0], {"fails": f"ended with {code}: {last[:160]}"}
+            labels = labels[1:]
 
 
 def version_of(python: Path, package: str) -> str | None:
@@ -128,6 +136,7 @@ def main() -> None:
     args = parser.parse_args()
     args.model, args.text, args.calibration = (str(Path(p).resolve()) for p in (args.model, args.text, args.calibration))
     sources = {name: Path(getattr(args, name)).name for name in ("model", "text", "calibration")}
+    sources["characters"] = str(args.characters)
     order = [label for of_peer in PEERS.values() for label in of_peer]
     with nullcontext(args.environment) if args.environment else tempfile.TemporaryDirectory() as folder:
         python = environment(Path(folder).resolve())
@@ -136,15 +145,16 @@ def main() -> None:
                 continue
             failed = None if peer == "hf-lowbit" else install(python, [*WITH.get(peer, ()), peer])
             asked = [label for label in PEERS[peer] if label.startswith(args.only)]
-            for label in [label for label in asked if not (args.missing and label in stored(args.name))]:
-                found = {"fails": f"does not install: {failed}"} if failed else measure(python, label, args)
+            asked = [label for label in asked if not (args.missing and label in stored(args.name))]
+            found = ((label, {"fails": f"does not install: {failed}"}) for label in asked)
+            for label, row in found if failed else measure(python, asked, args):
                 if peer != "hf-lowbit":
-                    found["version"] = version_of(python, peer)
-                print(f"{label:44} {found}", flush=True)
-                rows = stored(args.name) | {label: found}  # other peers may be measured beside this one
+                    row["version"] = version_of(python, peer)
+                print(f"{label:44} {row}", flush=True)
+                rows = stored(args.name) | {label: row}  # other peers may be measured beside this one
                 rows = dict(sorted(rows.items(), key=lambda row: order.index(row[0]) if row[0] in order else -1))
-                path = write(args.name, rows, sources)
-    print(f"\n{table(rows)}\n\nwritten to {path}", file=sys.stdout)
+                write(args.name, rows, sources)
+    print(f"\n{table(stored(args.name))}\n\nwritten to {RESULTS / args.name}.json")
 
 
 if __name__ == "__main__":
