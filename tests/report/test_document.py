@@ -65,7 +65,7 @@ def facts(word: str = "name", **changes) -> Facts:
         "points": (Point(word, 3000, 0.1, 9.0, "now", own=True), Point(word + "2", 4000, 0.05, 8.5, word)),
         "prompt": word, "continuations": (Continuation(word, (1, 2, 3), (word, " b", " c")),
                                           Continuation("other", (1, 4, 3), (word, " x", " c"))),
-        "detector": word, "verdicts": (Verdict(word, "No verdict", word, 0.1, 3),), "left_out": {word: word},
+        "detector": word, "verdicts": (Verdict(word, word, word, 0.1, 3),), "left_out": {word: word},
         "versions": {"torch": word},
     }  # fmt: skip
     return Facts(**(values | changes))
