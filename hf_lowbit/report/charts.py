@@ -31,16 +31,16 @@ def size_against_quality(points: Sequence[Point], quality: str, caption: str) ->
     corners = [(x.at(p.bytes / 1e6), y.at(getattr(p, quality))) for p in best]
     lines = [line for one, two in pairwise(corners) for line in _step(one, two)]
     if lines:
-        down = "".join(f"H{across:.1f}V{height:.1f}" for across, height in corners[1:])
-        parts.append(element("path", d=f"M{corners[0][0]:.1f} {corners[0][1]:.1f}{down}", class_="frontier"))
+        stairs = "".join(f"H{at:.1f}V{level:.1f}" for at, level in corners[1:])
+        parts.append(element("path", d=f"M{corners[0][0]:.1f} {corners[0][1]:.1f}{stairs}", class_="frontier"))
     ordered = sorted(points, key=lambda p: (not p.own, p not in best))
     anchors = [(x.at(p.bytes / 1e6), y.at(getattr(p, quality)), p.label) for p in ordered]
     spots = place_labels(anchors, 11, (left, top, right, bottom), RADIUS, lines)
     labels = []
-    for point, (across, down, label), spot in zip(ordered, anchors, spots, strict=True):
+    for point, (place, height, label), spot in zip(ordered, anchors, spots, strict=True):
         told = f"{point.label}: {point.bytes / 1e6:,.2f} MB, {quality} {getattr(point, quality):.4g}"
         kind = "own" if point.own else "best" if point in best else "other"
-        dot = element("circle", element("title", escape(told)), cx=across, cy=down, r=RADIUS * (1.5 if point.own else 1))
+        dot = element("circle", element("title", escape(told)), cx=place, cy=height, r=RADIUS * (1.5 if point.own else 1))
         parts.append(element("g", dot, class_=f"point {kind}"))
         if spot is not None:
             labels.append(words(*spot, label, class_=f"label {kind}", font_size=11))
