@@ -30,6 +30,8 @@ LLAMA_NAMES = {
 }
 # Begins the line of a row; what libraries print besides is passed over.
 ROW = "row: "
+# Calibration windows of our calibrated rows, a quarter of the default: they show most of the gain in a quarter of the time.
+SEQUENCES = 32
 # What a peer gives: the model to measure, and the bytes of all it stores.
 Made = tuple[Any, int]
 
@@ -71,7 +73,7 @@ def hf_lowbit(model: str, calibration: str, **settings: Any) -> Made:
     from hf_lowbit.solvers import SOLVERS
 
     if SOLVERS[settings["method"]].evidence != "none":
-        settings["calibration"] = calibration
+        settings["calibration"] = {"source": calibration, "sequences": SEQUENCES}
     made = dense(model, quantization_config=LowBitConfig(**settings))
     with tempfile.TemporaryDirectory() as folder:
         made.save_pretrained(folder)
@@ -251,12 +253,15 @@ def original(model: str, calibration: str) -> Made:
     return dense(model).float(), sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
 
 
-OURS = {f"hf-lowbit codebook {bits} bits": partial(hf_lowbit, method="codebook", bits=bits) for bits in (4, 3, 2)}
-KEPT = {
-    f"hf-lowbit {method} {bits} bits, embeddings kept": partial(
-        hf_lowbit, method=method, bits=bits, quantize_embeddings=False
-    )
+OURS = {
+    f"hf-lowbit {method} {bits} bits": partial(hf_lowbit, method=method, bits=bits)
     for method in ("codebook", "gptq")
+    for bits in (4, 3, 2)
+}
+KEPT = {
+    f"hf-lowbit codebook {bits} bits, embeddings kept": partial(
+        hf_lowbit, method="codebook", bits=bits, quantize_embeddings=False
+    )
     for bits in (4, 3, 2)
 }
 PEERS: dict[str, dict[str, Callable[[str, str], Made]]] = {

@@ -159,10 +159,9 @@ def _with_measures(
         left_out["Size against quality"] = "no text to measure on; give --reference SRC, --text FILE or both."
         return facts
     name, content = text
-    try:
-        tokenizer = checkpoint.load_tokenizer(directory)
-    except BadRequest as error:
-        left_out["Size against quality"] = f"the checkpoint has no tokenizer ({error})"
+    tokenizer, why = _tokenizer(directory)
+    if tokenizer is None:
+        left_out["Size against quality"] = why
         return facts
     ids = checkpoint.tokenize(tokenizer, content)
     width = measure.windows(ids, window).shape[1]
@@ -186,10 +185,9 @@ def _with_measures(
 def _with_texts(
     facts: Facts, model: Any, original: Any, directory: str, tokens: int, detector: str | None, tell: Tell, left_out: Any
 ) -> Facts:
-    try:
-        tokenizer = checkpoint.load_tokenizer(directory)
-    except BadRequest as error:
-        left_out["Generation"] = left_out["Would a detector notice?"] = f"the checkpoint has no tokenizer ({error})"
+    tokenizer, why = _tokenizer(directory)
+    if tokenizer is None:
+        left_out["Generation"] = left_out["Would a detector notice?"] = why
         return facts
     if not tokens:
         left_out["Generation"] = left_out["Would a detector notice?"] = "--tokens 0 asked for no text."
@@ -211,6 +209,17 @@ def _with_texts(
         for one, said in zip(written, found, strict=True)
     )
     return replace(facts, detector=str(spot.identity["name"]).strip("_"), verdicts=verdicts)
+
+
+def _tokenizer(directory: str) -> tuple[Any, str]:
+    """The checkpoint's tokenizer, or None and why: for some models the host makes up one without a vocabulary."""
+    try:
+        tokenizer = checkpoint.load_tokenizer(directory)
+    except BadRequest as error:
+        return None, f"the checkpoint has no tokenizer ({error})"
+    if not checkpoint.tokenize(tokenizer, "a text").numel():
+        return None, "the checkpoint has no tokenizer of its own, and the one that stands in for it makes no token."
+    return tokenizer, ""
 
 
 @torch.no_grad()
