@@ -1,4 +1,4 @@
-"""Puts the tables of ``eval/results/detection_*.json`` into README.md and eval/README.md, between their markers.
+"""Puts the tables of ``eval/results/detection_*.json`` into docs/detecting.md and eval/README.md, between their markers.
 
 python eval/detection_tables.py
 """
@@ -128,7 +128,7 @@ TABLES = {
 
 def main() -> None:
     """Fill every ``<!-- detection NAME -->`` block of the two files whose result is there."""
-    for file in (ROOT / "README.md", ROOT / "eval" / "README.md"):
+    for file in (ROOT / "docs" / "detecting.md", ROOT / "eval" / "README.md"):
         text = file.read_text(encoding="utf-8")
         for name in re.findall(r"<!-- detection (\S+) -->", text):
             make, source = TABLES[name]

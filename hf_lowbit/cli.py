@@ -117,6 +117,22 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--threads", type=_count, metavar="N", help="torch threads; all cores unless given")
     bench.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
 
+    report = _command(added, "report", commands.run_report, "write one HTML page about a quantized checkpoint")
+    report.add_argument("directory", metavar="DIR", help="directory of the quantized checkpoint")
+    report.add_argument("--html", required=True, metavar="OUT", help="the page to write; it loads nothing from elsewhere")
+    report.add_argument("--reference", metavar="SRC", help="the original, for quality, error and text side by side")
+    report.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on (with --reference: embedded book text)")
+    report.add_argument("--characters", type=_count, metavar="N", help="only the first N characters of the text")
+    report.add_argument("--window", type=int, default=512, help="tokens per window (512)")
+    report.add_argument(
+        "--results", action="append", metavar="JSON", help="other models: what eval or demo --json printed, or eval/results"
+    )
+    report.add_argument("--prompt", metavar="TEXT", help="what the models continue")
+    report.add_argument("--tokens", type=int, default=120, metavar="N", help="tokens to generate (120; 0 for none)")
+    report.add_argument(
+        "--detector", metavar="DIR", help="model that judges the texts; `none` for no verdict (the embedded model)"
+    )
+
     detect = _command(added, "detect", commands.run_detect, "say who wrote texts, a person or a language model, or abstain")
     detect.add_argument("input", metavar="FILE|DIR|-", nargs="?", help="UTF-8 text, a directory of texts, or standard input")
     _add_detector_options(detect)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -316,6 +317,39 @@ def run_bench(args: argparse.Namespace) -> None:
         print(f"{out['fused_layers']} decoder layers run as one op each for up to 8 tokens (HF_LOWBIT_FUSED=0 turns it off)")
 
 
+def run_report(args: argparse.Namespace) -> None:
+    """One HTML page about a quantized checkpoint."""
+    from hf_lowbit import demo
+    from hf_lowbit.plugin import checkpoint
+    from hf_lowbit.report import document, gather, points
+
+    _check_page(args.html)
+    if args.tokens < 0:
+        raise BadRequest(f"--tokens must be 0 or more, got {args.tokens}.")
+    others = [point for file in args.results or () for point in points.read_points(file)]
+    file = args.text or (str(demo.held_out_text()) if args.reference else None)
+    text = file and (Path(file).name, _read_text(file, args.characters))
+    checkpoint.show_progress(False)
+    drawn = sys.stderr.isatty() and not args.json
+    facts = gather.gather(
+        args.directory,
+        args.reference,
+        text,
+        others,
+        args.prompt if args.prompt is not None else demo.PROMPT,
+        args.tokens,
+        args.window,
+        None if args.detector == "none" else args.detector or str(demo.embedded_model()),
+        lambda message: print(message, file=sys.stderr) if drawn else None,
+    )
+    _write_text(args.html, document.document(facts))
+    if args.json:
+        return _print_json({"page": args.html} | dataclasses.asdict(facts))
+    print(f"written to {args.html}")
+    for name, why in facts.left_out.items():
+        print(f"left out: {name}: {why}")
+
+
 def run_detect(args: argparse.Namespace) -> None:
     """Verdicts on texts, or the web page."""
     from hf_lowbit import demo
@@ -326,8 +360,8 @@ def run_detect(args: argparse.Namespace) -> None:
 
     if bool(args.input) == args.serve:
         raise BadRequest("give what to judge, a FILE, a directory or -, or --serve for the web page.")
-    if args.html and Path(args.html).exists() and not Path(args.html).is_file():
-        raise BadRequest(f"cannot write {args.html!r}: it is not a file.")
+    if args.html:
+        _check_page(args.html)
     score = get_score(args.score or DEFAULT).name
     files = [] if args.serve else inputs.find_inputs(args.input)  # refused before a model is loaded
     checkpoint.show_progress(False)
@@ -401,6 +435,13 @@ def _read_text(file: str, characters: int | None) -> str:
         raise BadRequest(f"cannot read {file!r}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise BadRequest(f"{file!r} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _check_page(file: str) -> None:
+    if Path(file).exists() and not Path(file).is_file():
+        raise BadRequest(f"cannot write {file!r}: it is not a file.")
+    if not Path(file).absolute().parent.is_dir():
+        raise BadRequest(f"cannot write {file!r}: there is no directory {str(Path(file).parent)!r}.")
 
 
 def _write_text(file: str, text: str) -> None:

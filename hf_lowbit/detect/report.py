@@ -9,6 +9,7 @@ import html
 import math
 from collections.abc import Sequence
 
+from hf_lowbit import page as shell
 from hf_lowbit.detect.result import Detection, Span
 from hf_lowbit.detect.scores import get_score
 from hf_lowbit.detect.token_statistics import STATISTICS
@@ -97,14 +98,8 @@ def page(results: Sequence[Detection]) -> str:
     body = "".join(
         f"<article><h1>{html.escape(found.source or 'text')}</h1>{fragment(found)}</article>" for found in results
     )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Who wrote it?</title>'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>:root {{ color-scheme: light dark; }} body {{ max-width: 56em; margin: 2em auto; padding: 0 1em; }}"
-        f" article {{ margin-bottom: 3em; }} h1 {{ font: 600 1.1em system-ui, sans-serif; overflow-wrap: anywhere; }}{STYLE}"
-        f"</style></head><body>{body}</body></html>\n"
-    )
+    style = "article { margin-bottom: 3em; } h1 { font-size: 1.1em; }"
+    return shell.page("Who wrote it?", body, style + STYLE)
 
 
 def _step(rank: float) -> int:

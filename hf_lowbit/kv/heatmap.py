@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_lowbit.errors import BadRequest
+from hf_lowbit.page import page
 
 if TYPE_CHECKING:
     from hf_lowbit.kv.cache import LowBitCache
@@ -61,15 +62,14 @@ def draw(cache: LowBitCache, path: Path, sequence: int) -> Path:
     length = max(len(row) for row in rows.values())
     source = base64.b64encode(picture).decode()
     lines = "".join(f"<tr><td>{n}</td><td>{row.mean():.1%}</td></tr>" for n, row in rows.items())
-    path.write_text(
-        "<!doctype html><meta charset=utf-8><title>KV cache importance</title>"
-        "<style>body{font:14px sans-serif;margin:2em}img{image-rendering:pixelated;width:100%}td{padding:0 1em}</style>"
+    body = (
         f"<h1>What the cache holds important</h1><p>{length} tokens from left to right, layers {min(rows)} to {max(rows)} "
         "from top to bottom; bright is kept at high precision by all heads, dark by none.</p>"
         f'<img alt="importance by layer and position" src="data:image/png;base64,{source}">'
-        f"<table><tr><th>layer</th><th>important</th></tr>{lines}</table>\n",
-        encoding="utf-8",
+        f"<table><tr><th>layer</th><th>important</th></tr>{lines}</table>"
     )
+    style = "img { image-rendering: pixelated; width: 100%; } td { padding: 0 1em; }"
+    path.write_text(page("KV cache importance", body, style, images=True), encoding="utf-8")
     return path
 
 

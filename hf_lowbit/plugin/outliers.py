@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_lowbit.errors import BadRequest
+from hf_lowbit.page import escape, page
 from hf_lowbit.plugin.compress import prepare_targets
 from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.modules import LowBitLinear
@@ -117,13 +117,13 @@ def plot(path: str | Path, before: Sequence[Channels], later: Sequence[Channels]
     figure.savefig(image, format="png", dpi=110)
     encoded = base64.b64encode(image.getvalue()).decode()
     rows = "".join(_row(one, other) for one, other in _pairs(before, later))
-    head = "".join(f"<th>{text}" for text in COLUMNS)
-    path.write_text(
-        f"<!doctype html><meta charset=utf-8><title>{html.escape(title)}</title><style>body{{font:14px sans-serif}}"
-        f"td{{text-align:right;padding:0 .6em}}td:first-child{{text-align:left}}</style><h1>{html.escape(title)}</h1>"
-        f'<img src="data:image/png;base64,{encoded}"><table><tr>{head}{rows}</table>\n',
-        encoding="utf-8",
+    head = "".join(f"<th>{text}</th>" for text in COLUMNS)
+    body = (
+        f'<h1>{escape(title)}</h1><img alt="Every channel of every layer" src="data:image/png;base64,{encoded}">'
+        f"<table><tr>{head}</tr>{rows}</table>"
     )
+    style = ":root { --width: 80em; } td, th { text-align: right; padding: 0 .6em; } td:first-child { text-align: left; }"
+    path.write_text(page(title, body, style, images=True), encoding="utf-8")
 
 
 COLUMNS = ("matrix", "inputs: largest", "/ median channel", "outliers", "weights: largest", "/ median column", "outliers")
@@ -155,7 +155,7 @@ def cells(one: Channels, other: Channels | None) -> list[str]:
 
 
 def _row(one: Channels, other: Channels | None) -> str:
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in cells(one, other))
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(one, other)) + "</tr>"
 
 
 def _pairs(before: Sequence[Channels], later: Sequence[Channels] | None) -> list[tuple[Channels, Channels | None]]:
