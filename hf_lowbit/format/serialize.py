@@ -62,7 +62,7 @@ class Record:
             rewritten["transforms"] = list(self.transforms)
         text = json.dumps(
             {
-                "format_version": FORMAT_VERSION if self.activations else PLAIN_VERSION,
+                "format_version": self.format_version,
                 "tensors": {name: layout.to_json() for name, layout in sorted(self.layouts.items())},
                 "crc32": dict(sorted(self.checksums.items())),
                 "kept": dict(sorted(self.kept.items())),
@@ -72,6 +72,11 @@ class Record:
             separators=(",", ":"),
         )
         return {RECORD_KEY: text, RECORD_CRC_KEY: str(zlib.crc32(text.encode()))}
+
+    @property
+    def format_version(self) -> int:
+        """The version a file with this record states."""
+        return FORMAT_VERSION if self.activations else PLAIN_VERSION
 
     @property
     def block_layouts(self) -> list[Layout]:
