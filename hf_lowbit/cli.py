@@ -126,6 +126,15 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--source", default="", metavar="WORDS", help="what the texts are")
     _add_backbone_options(calibrate)
 
+    push = _command(added, "push", commands.run_push, "publish a quantized checkpoint on the Hub, with its model card")
+    push.add_argument("directory", metavar="DIR")
+    push.add_argument("repository", metavar="REPO", help="user/name; made if it does not exist")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it does not exist")
+    push.add_argument("--results", action="append", metavar="FILE", help="`eval --json` output to show (DIR/eval*.json)")
+    push.add_argument("--base-model", metavar="ID", help="the original's Hub id, where it was quantized from a directory")
+    push.add_argument("--dry-run", action="store_true", help="check everything and print the card; ask nobody, send nothing")
+
     _command(added, "doctor", commands.run_doctor, "say what this machine has and what works here")
     return parser
 

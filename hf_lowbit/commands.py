@@ -351,6 +351,35 @@ def run_calibrate(args: argparse.Namespace) -> None:
         print(f"  {one['from']} tokens {to}: {one['texts']:,} texts")
 
 
+def run_push(args: argparse.Namespace) -> None:
+    """Publish a checkpoint in one commit."""
+    from hf_lowbit.plugin import checkpoint, hub
+
+    checkpoint.show_progress(sys.stderr.isatty() and not args.json)
+    results = [Path(file) for file in args.results] if args.results else None
+    package = hub.pack(args.directory, args.repository, results, base_model=args.base_model)
+    out: dict[str, Any] = {"repository": args.repository, "revision": args.revision, "commit": None, "card": None}
+    if args.dry_run:
+        out |= {"card": str(package.card)}
+    else:
+        try:
+            done = hub.push(package, args.repository, private=args.private, revision=args.revision)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; nothing was published. The same command goes on from there.") from None
+        out |= {"commit": done.commit_url}
+    out |= package.to_json()  # after the push, which may have learnt the licence
+    if args.json:
+        return _print_json(out)
+    rows = [(file["name"], f"{file['bytes']:,}") for file in out["files"]]
+    title = f"{args.directory} -> {args.repository}" + (": not sent, a dry run" if args.dry_run else "")
+    _print_table(title, ("file", "bytes"), rows)
+    for name in out["left_out"]:
+        print(f"left out: {name}")
+    print(f"licence: {out['license'] or 'none stated, the original does not say'}")
+    print(f"measurements on the card: {out['measurements'] or 'none, it says so'}")
+    print(out["card"] if args.dry_run else f"published: {out['commit']}")
+
+
 def run_doctor(args: argparse.Namespace) -> None:
     """Versions, devices, registration, backends and methods."""
     from hf_lowbit.plugin import doctor
