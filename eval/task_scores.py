@@ -1,6 +1,6 @@
 """Task scores of one small model at 4, 3 and 2 bits, document by document beside the original.
 
-    python eval/task_scores.py --data DIR [--model DIR] [--tasks A,B] [--limit 150] [--batch 16] [--name NAME]
+    python eval/task_scores.py --data DIR [--model DIR] [--tasks A,B] [--limit 100] [--batch 16] [--only LABEL] [--name NAME]
     python eval/task_scores.py --show NAME
 
 ``--data`` holds the JSON-lines files that the tasks of ``eval/tasks/`` name (``HF_LOWBIT_TASK_DATA`` does the same). Without
@@ -35,7 +35,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     tasks, how = Tasks(args.tasks.split(","), FOLDER), Setting(limit=args.limit, batch=args.batch)
     theirs, manifest = run_model(tasks, args.model, how)
     result: dict[str, Any] = {"original": {"tasks": checked(rows_of(theirs)), "manifest": manifest}}
+    if args.only and (RESULTS / f"{args.name}.json").exists():
+        result = json.loads((RESULTS / f"{args.name}.json").read_text(encoding="utf-8"))["result"] | result
     for label, method, bits in RECIPES:
+        if not label.startswith(args.only):
+            continue
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / "model"
             quantize_checkpoint(args.model, made, LowBitConfig(method=method, bits=bits))
@@ -44,7 +48,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows = checked(rows_of(ours, theirs))
         result[label] = {"bits_per_weight_model": round(size, 4), "tasks": rows, "manifest": manifest}
         print(label, "done", flush=True)
-    return result
+    order = ["original", *(label for label, _, _ in RECIPES)]
+    return dict(sorted(result.items(), key=lambda item: order.index(item[0])))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -76,8 +81,9 @@ def main() -> None:
     parser.add_argument("--model", default=str(embedded_model()))
     parser.add_argument("--data")
     parser.add_argument("--tasks", default="local")
-    parser.add_argument("--limit", type=int, default=150)
+    parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--only", default="", help="one recipe's label; adds to the result")
     parser.add_argument("--name", default="tasks")
     parser.add_argument("--show", metavar="NAME")
     args = parser.parse_args()

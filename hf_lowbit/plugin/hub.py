@@ -31,6 +31,7 @@ class Package:
     """A checked checkpoint, ready to be sent.
 
     Attributes:
+        name: repository the card was written for.
         files: path in the repository -> file, without the card.
         left_out: files of the directory that are not sent.
         card: of the checkpoint.
@@ -39,6 +40,7 @@ class Package:
         measured: how many stored measurements the card shows.
     """
 
+    name: str
     files: dict[str, Path]
     left_out: list[str]
     card: ModelCard
@@ -90,7 +92,7 @@ def pack(
     chosen = {name for name, path in names.items() if path.suffix in SHARED and not re.search(r"(^|/)\.", name)}
     files = {name: path for name, path in names.items() if name in chosen}
     hub_id = base_model or origin.get("hub_id")
-    return Package(files, sorted(names.keys() - chosen), card, hub_id, own, len(found) if own else 0)
+    return Package(repo_id, files, sorted(names.keys() - chosen), card, hub_id, own, len(found) if own else 0)
 
 
 def push(
@@ -218,6 +220,8 @@ def _final_card(api: HfApi, package: Package, repo_id: str, at: str | None, exis
             for key, value in held.data.to_dict().items():
                 if key not in known:
                     setattr(card.data, key, value)
+    if card is package.card and package.own_card:  # a bare name has got its user by now
+        card.text = card.text.replace(f'("{package.name}")', f'("{repo_id}")')
     if card is package.card and package.own_card and "license" not in card.data.to_dict() and package.hub_id:
         _take_licence(api, card, package.hub_id)
     known_tags = [card.data.tags] if isinstance(card.data.tags, str) else list(card.data.tags or [])

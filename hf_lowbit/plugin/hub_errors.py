@@ -35,7 +35,7 @@ def in_plain_words(repo_id: str, token: str | bool | None = None) -> Iterator[No
         LowBitError: the server or the connection failed, or there is no room.
     """
     from huggingface_hub import get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     transport: Any = HfHubHTTPError.__mro__[1]  # the HTTP library's own base class, whichever that is
     problem: LowBitError
@@ -44,21 +44,29 @@ def in_plain_words(repo_id: str, token: str | bool | None = None) -> Iterator[No
         return
     except LowBitError:
         raise
-    except HfHubHTTPError as error:
-        secret = token if isinstance(token, str) else get_token()
-        problem = _refused(repo_id, error.response.status_code, error.server_message or str(error), secret)
     except OfflineModeIsEnabled:
         problem = BadRequest(f"cannot push to {repo_id!r}: HF_HUB_OFFLINE is set. Unset it. {AFTER}")
-    except (HFValidationError, ValueError) as error:
-        problem = BadRequest(f"cannot push to {repo_id!r}: {_line(str(error))} {AFTER}")
-    except (transport, ConnectionError, TimeoutError, RuntimeError) as error:  # RuntimeError: the Xet client's
-        kind = f"{type(error).__name__}: {_without_secrets(_line(str(error)), get_token())}"
-        problem = LowBitError(f"the connection broke while pushing to {repo_id!r} ({kind}). {AFTER} {AGAIN}")
+    except (transport, OSError, RuntimeError, ValueError) as error:
+        secret = token if isinstance(token, str) else get_token()
+        refusal = _cause(error, HfHubHTTPError)  # an upload's thread wraps it
+        if refusal is not None:
+            said = refusal.server_message or str(refusal)
+            problem = _refused(repo_id, refusal.response.status_code, _line(said, secret))
+        elif isinstance(error, ValueError):
+            problem = BadRequest(f"cannot push to {repo_id!r}: {_line(str(error), secret)}. {AFTER}")
+        else:
+            kind = f"{type(error).__name__}: {_line(str(error), secret)}"
+            problem = LowBitError(f"the connection broke while pushing to {repo_id!r} ({kind}). {AFTER} {AGAIN}")
     raise problem from None
 
 
-def _refused(repo_id: str, status: int, said: str, secret: str | None) -> LowBitError:
-    said = _without_secrets(_line(said), secret)
+def _cause(error: BaseException | None, kind: type) -> Any:
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _refused(repo_id: str, status: int, said: str) -> LowBitError:
     full = status in ROOM or (status == 403 and re.search("storage|quota", said, re.IGNORECASE))
     if full:
         remedy = NO_ROOM
@@ -70,12 +78,9 @@ def _refused(repo_id: str, status: int, said: str, secret: str | None) -> LowBit
     return kind(f"pushing to {repo_id!r} was refused with {status} ({said}). {remedy} {AFTER}".replace("  ", " "))
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())[:300]
-
-
-def _without_secrets(text: str, secret: str | None) -> str:
+def _line(text: str, secret: str | None) -> str:
+    """One short line without a token."""
     for known in {secret, os.environ.get("HF_TOKEN")}:
         if known:
             text = text.replace(known, "***")
-    return re.sub(r"hf_\w{6,}|(?<=Bearer )\S+", "***", text)
+    return " ".join(re.sub(r"hf_\w{12,}|(?<=Bearer )\S+", "***", text).split())[:300]

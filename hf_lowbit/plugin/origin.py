@@ -22,7 +22,7 @@ def note_origin(model: PreTrainedModel) -> None:
     """Write into a model's config what it was made from: ``hub_id`` and ``revision``, or the name of a ``directory``."""
     source = model.name_or_path
     found: dict[str, Any] = {"made_by": f"hf-lowbit {__version__}{_commit()}"}
-    if Path(source).is_dir():
+    if source and Path(source).is_dir():
         # Paths of a machine say nothing to others.
         found |= {"directory": Path(source).resolve().name} | _licence_in(Path(source) / "README.md")
     elif source.count("/") == 1:

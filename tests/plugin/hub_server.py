@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import yaml
+
 SECONDS = 240  # the server ends by itself if nobody does it
 STALL = -1  # as a status: no answer until the test says so
 LARGEST = 64 << 20  # bytes of one request
@@ -173,8 +175,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._reply({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
         if revision not in (None, *held.branches, held.sha):
             return self._no_revision()
+        front = held.files.get("README.md", b"").decode().split("---\n")
+        card = yaml.safe_load(front[1]) if len(front) > 2 else None
         siblings = [{"rfilename": name} for name in held.files]
-        self._reply({"id": repo, "modelId": repo, "sha": held.sha, "siblings": siblings, "private": held.private})
+        self._reply(
+            {"id": repo, "modelId": repo, "sha": held.sha, "siblings": siblings, "private": held.private, "cardData": card}
+        )
 
     def tree(self, repo: str, revision: str) -> None:
         if revision not in [*self.hub.repos[repo].branches, self.hub.repos[repo].sha]:

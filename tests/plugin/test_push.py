@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -110,9 +112,6 @@ def measured(checkpoint, tmp_path_factory) -> Path:
     """The same checkpoint with what ``eval --json`` said beside it."""
     folder = tmp_path_factory.mktemp("measured") / "made"
     shutil.copytree(checkpoint, folder)
-    import contextlib
-    import io
-
     text = ["--text", str(demo.held_out_text()), "--characters", "2000", "--window", "64"]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -132,10 +131,16 @@ def outcomes(hub, checkpoint, measured, tmp_path_factory) -> dict[str, tuple[int
         for time in ("first", "again"):
             commands[f"{name}, {time}"] = ["push", str(checkpoint), f"user/{name}", "--json"]
     hub.fail["user/branch"] = ("PUT", "/large/upload", 413, 1)
+    hub.fail["user/nobranch"] = ("PUT", "/large/upload", 413)
+    commands["nobranch"] = ["push", str(checkpoint), "user/nobranch", "--revision", "v2"]
     for time in ("first", "again"):
         commands[f"branch, {time}"] = ["push", str(checkpoint), "user/branch", "--revision", "v2"]
     for time in ("first", "again"):
         commands[f"plain, {time}"] = ["push", str(measured), "user/plain", "--private", "--base-model", "user/original"]
+    hub.repos["user/original"] = hub_server.Repo(files={"README.md": b"---\nlicense: mit\n---\n# Original\n"})
+    bare = folder / "bare"  # from a directory that states no licence
+    quantize_checkpoint(str(demo.embedded_model()), bare, LowBitConfig(method="rtn", quantize_embeddings=False))
+    commands["licensed"] = ["push", str(bare), "licensed", "--base-model", "user/original"]
     commands["public"] = ["push", str(checkpoint), "user/public", "--private"]
     done = run_client(CLIENT, hub, folder / "home", *map(json.dumps, commands.values()))
     results = [json.loads(line) for line in done.stdout.splitlines()]
@@ -172,11 +177,8 @@ def test_a_branch_appears_only_with_its_commit(outcomes, hub):
     assert len(hub.repos["user/branch"].commits) == 1
 
 
-def test_a_failed_push_to_a_new_branch_leaves_no_branch(hub, checkpoint, tmp_path):
-    hub.fail["user/nobranch"] = ("PUT", "/large/upload", 413)
-    arguments = ["push", str(checkpoint), "user/nobranch", "--revision", "v2"]
-    done = run_client(CLIENT, hub, tmp_path / "home", json.dumps(arguments))
-    assert json.loads(done.stdout)[0] == 1
+def test_a_failed_push_to_a_new_branch_leaves_no_branch(outcomes, hub):
+    assert outcomes["nobranch"][0] == 1
     assert hub.repos["user/nobranch"].branches == ["main"]
 
 
@@ -217,6 +219,16 @@ def test_the_card_shows_what_was_measured_and_where_it_comes_from(outcomes, hub,
     assert "Not measured." in body and "`original`" in body
 
 
+def test_the_licence_of_an_original_on_the_hub_is_passed_on(outcomes, hub):
+    assert outcomes["licensed"][0] == 0
+    front, body = card_of(hub.repos["user/licensed"])
+    assert front["license"] == "mit"
+    assert "does not state one" not in body
+    assert 'from_pretrained("user/licensed")' in body  # the user was left out of the command
+    assert "licence: mit" in outcomes["licensed"][1]
+    assert "does not state one" not in card_of(hub.repos["user/large"])[1]  # cc0-1.0
+
+
 def test_a_pull_gives_the_same_model_and_push_to_hub_the_same_card(outcomes, hub, measured, tmp_path):
     run_client(PULL, hub, tmp_path / "home", str(measured), str(tmp_path / "logits.st"))
     logits = load_file(tmp_path / "logits.st")
@@ -230,6 +242,7 @@ def test_a_pull_gives_the_same_model_and_push_to_hub_the_same_card(outcomes, hub
     assert repo.files["model.safetensors"] == (measured / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_push_leaves_nothing_and_the_next_one_succeeds(hub, checkpoint, tmp_path):
     hub.fail["user/killed"] = ("PUT", "/large/upload", hub_server.STALL, 1)
     command = [sys.executable, "-m", "hf_lowbit.cli", "push", str(checkpoint), "user/killed"]
