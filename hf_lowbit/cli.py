@@ -97,12 +97,16 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--activation-bits", type=_number, metavar="N", help="for transforms that are fitted to rounding")
     inspect.add_argument("--plot", metavar="FILE", help="draw every channel of every layer (.png, .svg, .pdf or .html)")
 
-    evaluate = _command(added, "eval", commands.run_eval, "perplexity of a model, and its divergence from a reference")
+    evaluate = _command(added, "eval", commands.run_eval, "perplexity or task scores of a model, beside a reference's")
     evaluate.add_argument("directory", metavar="DIR", help="directory or Hub id of the model, quantized or not")
-    evaluate.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on")
-    evaluate.add_argument("--reference", metavar="SRC", help="the original, for KL and top-1 agreement")
-    evaluate.add_argument("--window", type=int, default=512, help="tokens per window (512)")
+    evaluate.add_argument("--text", metavar="FILE", help="UTF-8 text to measure on")
+    evaluate.add_argument("--reference", metavar="SRC", help="the original, for divergence or document by document")
+    evaluate.add_argument("--window", type=int, help="tokens per window of the text (512)")
     evaluate.add_argument("--characters", type=_count, metavar="N", help="only the first N characters of the text")
+    evaluate.add_argument("--tasks", type=_names, metavar="A,B", help="lm-eval tasks to score instead (hf-lowbit[eval])")
+    evaluate.add_argument("--tasks-dir", metavar="DIR", help="where YAML files of further tasks are")
+    evaluate.add_argument("--limit", type=_count, metavar="N", help="only the first N documents of each task")
+    evaluate.add_argument("--batch", type=_count, metavar="N", help="requests of tasks that run together (1)")
     evaluate.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
     evaluate.add_argument("--device", default="cpu")
 
@@ -149,6 +153,15 @@ def build_parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--language", default="en", help="what the texts are written in (en)")
     calibrate.add_argument("--source", default="", metavar="WORDS", help="what the texts are")
     _add_backbone_options(calibrate)
+
+    push = _command(added, "push", commands.run_push, "publish a quantized checkpoint on the Hub, with its model card")
+    push.add_argument("directory", metavar="DIR")
+    push.add_argument("repository", metavar="REPO", help="user/name; made if it does not exist")
+    push.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to push to; made if it does not exist")
+    push.add_argument("--results", action="append", metavar="FILE", help="`eval --json` output to show (DIR/eval*.json)")
+    push.add_argument("--base-model", metavar="ID", help="the original's Hub id, where it was quantized from a directory")
+    push.add_argument("--dry-run", action="store_true", help="check everything and print the card; ask nobody, send nothing")
 
     _command(added, "doctor", commands.run_doctor, "say what this machine has and what works here")
     return parser
@@ -229,6 +242,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
     return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no task")
+    return names
 
 
 def _override(text: str) -> tuple[str, dict[str, Any]]:

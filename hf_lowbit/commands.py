@@ -239,15 +239,44 @@ def _run_outliers(args: argparse.Namespace) -> None:
 
 
 def run_eval(args: argparse.Namespace) -> None:
-    """Perplexity, divergence and size of a model."""
+    """Perplexity, divergence and size of a model, or its scores on tasks."""
+    given = [name for name in ("text", "tasks") if getattr(args, name)]
+    if len(given) != 1:
+        raise BadRequest(
+            "give --text FILE to measure perplexity on, or --tasks A,B to score, one of them a run. "
+            "Run `hf-lowbit eval --help` for what it takes."
+        )
+    others = ("tasks_dir", "limit", "batch") if args.text else ("window", "characters")
+    misplaced = next((name for name in others if getattr(args, name) is not None), None)
+    if misplaced is not None:
+        option = misplaced.replace("_", "-")
+        raise BadRequest(f"--{option} goes with {'--tasks' if args.text else '--text'}, and --{given[0]} was given.")
+    return _run_tasks(args) if args.tasks else _run_text(args)
+
+
+def _run_tasks(args: argparse.Namespace) -> None:
+    from hf_lowbit.plugin import checkpoint, evaluate
+
+    drawn = sys.stderr.isatty() and not args.json
+    checkpoint.show_progress(drawn)
+    sizes, how = _sizes(args.directory), evaluate.Setting(args.limit, args.batch or 1, args.dtype, args.device, drawn)
+    out = sizes | evaluate.evaluate_tasks(args.directory, args.tasks, args.tasks_dir, args.reference, how)
+    if args.json:
+        return _print_json(out)
+    columns, cells = evaluate.table(out["tasks"])
+    _print_table(f"{args.directory}: {', '.join(args.tasks)}", columns, cells)
+
+
+def _run_text(args: argparse.Namespace) -> None:
     from hf_lowbit import measure
-    from hf_lowbit.plugin import checkpoint
+    from hf_lowbit.plugin import checkpoint, evaluate
 
     checkpoint.show_progress(sys.stderr.isatty() and not args.json)
-    text = _read_text(args.text, args.characters)
+    text, size = _read_text(args.text, args.characters), args.window or 512
     sizes = _sizes(args.directory)
-    ids = checkpoint.tokenize(checkpoint.load_tokenizer(args.directory), text)
-    window = measure.windows(ids, args.window).shape[1]  # refuses a text too short before a model is loaded
+    tokenizer = checkpoint.load_tokenizer(args.directory)
+    ids = checkpoint.tokenize(tokenizer, text)
+    window = measure.windows(ids, size).shape[1]  # refuses a text too short before a model is loaded
     model = checkpoint.load_model(args.directory, args.dtype, args.device)
     checkpoint.check_fits(model, ids, window)
     out: dict[str, Any] = {"method": sizes.pop("method")}
@@ -255,18 +284,19 @@ def run_eval(args: argparse.Namespace) -> None:
         if args.reference:
             reference = checkpoint.load_model(args.reference, args.dtype, args.device)
             checkpoint.check_fits(reference, ids, window)
-            found = measure.divergence(model, reference, ids, args.window, progress)
+            found = measure.divergence(model, reference, ids, size, progress)
             out |= {"perplexity": found.perplexity, "reference_perplexity": found.reference_perplexity}
             out |= {"kl": found.kl, "top1_agreement": found.top1_agreement, "tokens": found.tokens}
         else:
-            plain = measure.perplexity(model, ids, args.window, progress)
+            plain = measure.perplexity(model, ids, size, progress)
             out |= {"perplexity": plain.perplexity, "kl": None, "top1_agreement": None, "tokens": plain.tokens}
     broken = [key for key, value in out.items() if isinstance(value, float) and not math.isfinite(value)]
     if broken:
         raise LowBitError(f"{broken[0]} is {out[broken[0]]}: on this text the logits are not finite. Check the weights.")
     out |= sizes
     if args.json:
-        return _print_json(out)
+        manifest = evaluate.text_manifest(args.directory, args.text, text, window, model, tokenizer)
+        return _print_json(out | {"manifest": manifest})
     for key, value in out.items():
         if value is not None:
             print(f"{key:24} {value:,.5f}" if isinstance(value, float) else f"{key:24} {value:,}" if isinstance(value, int)
@@ -413,6 +443,35 @@ def run_calibrate(args: argparse.Namespace) -> None:
     for one in bins:
         to = "on" if one["to"] is None else f"to {one['to']}"
         print(f"  {one['from']} tokens {to}: {one['texts']:,} texts")
+
+
+def run_push(args: argparse.Namespace) -> None:
+    """Publish a checkpoint in one commit."""
+    from hf_lowbit.plugin import checkpoint, hub
+
+    checkpoint.show_progress(sys.stderr.isatty() and not args.json)
+    results = [Path(file) for file in args.results] if args.results else None
+    package = hub.pack(args.directory, args.repository, results, base_model=args.base_model)
+    out: dict[str, Any] = {"repository": args.repository, "revision": args.revision, "commit": None, "card": None}
+    if args.dry_run:
+        out |= {"card": str(package.card)}
+    else:
+        try:
+            done = hub.push(package, args.repository, private=args.private, revision=args.revision)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("interrupted; nothing was published. The same command goes on from there.") from None
+        out |= {"commit": done.commit_url}
+    out |= package.to_json()  # after the push, which may have learnt the licence
+    if args.json:
+        return _print_json(out)
+    rows = [(file["name"], f"{file['bytes']:,}") for file in out["files"]]
+    title = f"{args.directory} -> {args.repository}" + (": not sent, a dry run" if args.dry_run else "")
+    _print_table(title, ("file", "bytes"), rows)
+    for name in out["left_out"]:
+        print(f"left out: {name}")
+    print(f"licence: {out['license'] or 'none stated, the original does not say'}")
+    print(f"measurements on the card: {out['measurements'] or 'none, it says so'}")
+    print(out["card"] if args.dry_run else f"published: {out['commit']}")
 
 
 def run_doctor(args: argparse.Namespace) -> None:

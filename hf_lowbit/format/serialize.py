@@ -65,7 +65,7 @@ class Record:
             rewritten["transforms"] = list(self.transforms)
         text = json.dumps(
             {
-                "format_version": self.version,
+                "format_version": self.format_version,
                 "tensors": {name: layout.to_json() for name, layout in sorted(self.layouts.items())},
                 "crc32": dict(sorted(self.checksums.items())),
                 "kept": dict(sorted(self.kept.items())),
@@ -77,7 +77,7 @@ class Record:
         return {RECORD_KEY: text, RECORD_CRC_KEY: str(zlib.crc32(text.encode()))}
 
     @property
-    def version(self) -> int:
+    def format_version(self) -> int:
         """The oldest format version that can state this."""
         stages = [stage for layout in self.layouts.values() for stage in layout.stages]
         if any(stage.zero or stage.scale_bits == WIDE or stage.levels.family == "qlora" for stage in stages):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from hf_lowbit.detect.calibration import FILE_NAME, Calibration, check_detector
 from hf_lowbit.detect.detector import Detector
@@ -15,13 +12,13 @@ from hf_lowbit.detect.scoring import Scorer
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.plugin.checkpoint import load_model, load_tokenizer
 from hf_lowbit.plugin.config import LowBitConfig
+from hf_lowbit.plugin.identity import tokenizer_fingerprint, weights_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Raised when what a score means changes: statistics, windows, or how a text is cleaned.
 READING = 1
-SAMPLE = 1 << 12
 
 
 class SpotDetector(Detector):
@@ -108,7 +105,7 @@ def _identity(name: str, scorer: Scorer) -> dict[str, Any]:
         "name": Path(name).name,
         **_model_identity(scorer.model),
         "observer": None if scorer.observer is None else _model_identity(scorer.observer),
-        "tokenizer": _tokenizer_fingerprint(scorer.tokenizer),
+        "tokenizer": tokenizer_fingerprint(scorer.tokenizer),
         "window": scorer.window,
         "skip": scorer.skip,
         "reading": READING,
@@ -117,7 +114,7 @@ def _identity(name: str, scorer: Scorer) -> dict[str, Any]:
 
 def _model_identity(model: Any) -> dict[str, Any]:
     return {
-        "weights": _weights_fingerprint(model),
+        "weights": weights_fingerprint(model),
         "quantization": _quantization(model),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -131,22 +128,3 @@ def _quantization(model: Any) -> str | None:
         return f"{config.method}, {config.bits} bits, groups of {config.group_size}"
     values = config if isinstance(config, dict) else config.to_dict()
     return str(values.get("quant_method"))
-
-
-def _weights_fingerprint(model: Any) -> str:
-    """SHA-256 over names, shapes, types and three samples of each stored tensor."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        flat = tensor.detach().reshape(-1)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        middle = max(0, len(flat) // 2 - SAMPLE // 2)
-        for start in sorted({0, middle, max(0, len(flat) - SAMPLE)}):
-            piece = flat[start : start + SAMPLE].cpu().contiguous()
-            digest.update(piece.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()

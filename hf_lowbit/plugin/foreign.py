@@ -190,6 +190,6 @@ def _write(found: _Source, work: Workspace, layers: list[str], folder: Path) -> 
         scale_bits=16,
         options={"source": reader.source},
         quantize_embeddings=bool(found.ends),
-        format_version=record.version,
+        format_version=record.format_version,
     )
     write_companions(found.folder, folder, found.config, config.to_dict())

@@ -50,6 +50,7 @@ from hf_lowbit.plugin.modules import (
     LowBitTiedHead,
     put_activations,
 )
+from hf_lowbit.plugin.origin import MADE_FROM, note_origin
 from hf_lowbit.plugin.rewrite import DONE, Rewriting
 from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
 from hf_lowbit.solvers import solve
@@ -140,6 +141,8 @@ class LowBitQuantizer(HfQuantizer):
         use_low_bit_cache(model, self.quantization_config.kv_cache)
         # Saved names are module names: the host's renamings on save would miss the header's record.
         model._weight_conversions = []
+        if not self.pre_quantized:
+            note_origin(model)
         give_card(model)
 
     def _calibrate(self, model: PreTrainedModel, files: list[Path]) -> None:
@@ -174,6 +177,7 @@ class LowBitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dequantize_modules(model, dtype or torch.float32)
+        vars(model.config).pop(MADE_FROM, None)
         if self.steps:  # so that nobody applies them again
             setattr(model.config, DONE, list(dict.fromkeys(step["transform"] for step in self.steps)))
         return model

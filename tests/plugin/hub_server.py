@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import yaml
+
 SECONDS = 240  # the server ends by itself if nobody does it
+STALL = -1  # as a status: no answer until the test says so
 LARGEST = 64 << 20  # bytes of one request
 
 
@@ -22,6 +25,8 @@ class Repo:
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[tuple[dict[str, bytes], list[str]]] = field(default_factory=list)
     branches: list[str] = field(default_factory=lambda: ["main"])
+    private: bool = False
+    uploads: list[str] = field(default_factory=list)  # sha256 of what was sent through LFS, each time it was
 
     @property
     def sha(self) -> str:
@@ -31,13 +36,17 @@ class Repo:
 class FakeHub:
     """The server, as a context manager; ``url`` is what ``HF_ENDPOINT`` gets.
 
-    ``fail[repo] = (method, text, status)`` refuses requests for ``repo`` whose path or body holds ``text``.
+    ``fail[repo] = (method, text, status)`` refuses requests for ``repo`` whose path or body holds ``text``, with a fourth
+    entry so many times. A status of 0 cuts the connection, ``STALL`` answers only when ``released`` is set. Refusals repeat
+    the token they were sent, as no server should. ``requests`` counts all calls.
     """
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
-        self.large: dict[str, bytes] = {}  # what went through LFS, by sha256
-        self.fail: dict[str, tuple[str, str, int]] = {}
+        self.large: dict[tuple[str, str], bytes] = {}  # what went through LFS, by repository and sha256
+        self.fail: dict[str, tuple] = {}
+        self.stalled, self.released = threading.Event(), threading.Event()
+        self.requests = 0
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -67,10 +76,15 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.body = self._read()
         path = self.path.split("?")[0]
-        for repo, (method, text, status) in self.hub.fail.items():
-            about = repo in self.path or repo.split("/")[1] in self.body.decode(errors="replace")[:400]
+        self.hub.requests += 1
+        for repo, (method, text, status, *times) in list(self.hub.fail.items()):
+            about = repo in self.path or f'"{repo.split("/")[1]}"' in self.body.decode(errors="replace")[:400]
             if method == self.command and about and text in self.path:
-                return self._reply({"error": f"refused with {status}"}, status)
+                if times:
+                    self.hub.fail[repo] = (method, text, status, times[0] - 1)
+                    if times[0] == 1:
+                        del self.hub.fail[repo]
+                return self._refuse(status)
         for pattern, answer in ROUTES.items():
             if found := re.fullmatch(pattern, f"{self.command} {path}"):
                 return answer(self, *found.groups())
@@ -78,11 +92,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_POST = do_PUT = do_GET
 
+    def _refuse(self, status: int) -> None:
+        if status == STALL:
+            self.hub.stalled.set()
+            self.hub.released.wait(SECONDS)
+        if status in (0, STALL):
+            self.close_connection = True
+            return
+        self._reply({"error": f"refused with {status} for {self.headers.get('Authorization')}"}, status)
+
     def create(self) -> None:
         wanted = json.loads(self.body)
         name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
         known = name in self.hub.repos
-        self.hub.repos.setdefault(name, Repo())
+        self.hub.repos.setdefault(name, Repo(private=wanted.get("visibility") == "private"))
         self._reply({"url": f"{self.hub.url}/{name}", "id": name, "name": name}, 409 if known else 200)
 
     def branch(self, repo: str, name: str) -> None:
@@ -92,31 +115,45 @@ class _Handler(BaseHTTPRequestHandler):
     def validate(self) -> None:
         self._reply({"errors": [], "warnings": []})
 
-    def preupload(self, repo: str) -> None:
+    def preupload(self, repo: str, revision: str) -> None:
+        if revision not in self.hub.repos[repo].branches:
+            return self._no_revision()
         mode = {True: "lfs", False: "regular"}
         names = [file["path"] for file in json.loads(self.body)["files"]]
         files = [{"path": n, "uploadMode": mode[n.endswith(".safetensors")], "shouldIgnore": False} for n in names]
+        for entry in files:
+            held = self.hub.repos[repo].files.get(entry["path"])
+            if held is not None:
+                git = hashlib.sha1(b"blob %d\0" % len(held) + held)
+                entry["oid"] = git.hexdigest() if entry["uploadMode"] == "regular" else hashlib.sha256(held).hexdigest()
         self._reply({"files": files})
+
+    def _no_revision(self) -> None:
+        self._reply({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
 
     def batch(self, repo: str) -> None:
         objects = json.loads(self.body)["objects"]
         for entry in objects:
-            if entry["oid"] not in self.hub.large:
+            if (repo, entry["oid"]) not in self.hub.large:
                 entry["actions"] = {
-                    action: {"href": f"{self.hub.url}/large/{action}/{entry['oid']}"} for action in ("upload", "verify")
+                    action: {"href": f"{self.hub.url}/large/{action}/{repo}/{entry['oid']}"}
+                    for action in ("upload", "verify")
                 }
         self._reply({"transfer": "basic", "objects": objects})
 
-    def upload(self, oid: str) -> None:
+    def upload(self, repo: str, oid: str) -> None:
         right = hashlib.sha256(self.body).hexdigest() == oid
         if right:
-            self.hub.large[oid] = self.body
+            self.hub.large[repo, oid] = self.body
+            self.hub.repos[repo].uploads.append(oid)
         self._reply({}, 200 if right else 400)
 
-    def verify(self, oid: str) -> None:
-        self._reply({}, 200 if oid in self.hub.large else 404)
+    def verify(self, repo: str, oid: str) -> None:
+        self._reply({}, 200 if (repo, oid) in self.hub.large else 404)
 
     def commit(self, repo: str, revision: str) -> None:
+        if revision not in self.hub.repos[repo].branches:
+            return self._no_revision()
         added, removed = {}, []
         for line in self.body.decode().splitlines():
             entry = json.loads(line)
@@ -124,7 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             if entry["key"] == "file":
                 added[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
-                added[value["path"]] = self.hub.large[value["oid"]]
+                added[value["path"]] = self.hub.large[repo, value["oid"]]
             elif entry["key"] == "deletedFile":
                 removed.append(value["path"])
         held = self.hub.repos[repo]
@@ -132,14 +169,22 @@ class _Handler(BaseHTTPRequestHandler):
         held.files = {n: data for n, data in held.files.items() if n not in removed} | added
         self._reply({"commitUrl": f"{self.hub.url}/{repo}/commit/{held.sha}", "commitOid": held.sha, "success": True})
 
-    def info(self, repo: str) -> None:
+    def info(self, repo: str, revision: str | None) -> None:
         held = self.hub.repos.get(repo)
         if held is None:
             return self._reply({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, *held.branches, held.sha):
+            return self._no_revision()
+        front = held.files.get("README.md", b"").decode().split("---\n")
+        card = yaml.safe_load(front[1]) if len(front) > 2 else None
         siblings = [{"rfilename": name} for name in held.files]
-        self._reply({"id": repo, "modelId": repo, "sha": held.sha, "siblings": siblings})
+        self._reply(
+            {"id": repo, "modelId": repo, "sha": held.sha, "siblings": siblings, "private": held.private, "cardData": card}
+        )
 
-    def tree(self, repo: str) -> None:
+    def tree(self, repo: str, revision: str) -> None:
+        if revision not in [*self.hub.repos[repo].branches, self.hub.repos[repo].sha]:
+            return self._no_revision()
         files = self.hub.repos[repo].files.items()
         self._reply([{"type": "file", "path": n, "size": len(data), "oid": "0" * 40} for n, data in files])
 
@@ -176,12 +221,12 @@ ROUTES = {
     r"POST /api/repos/create": _Handler.create,
     r"POST /api/validate-yaml": _Handler.validate,
     rf"POST /api/models/{_REPO}/branch/(.+)": _Handler.branch,
-    rf"POST /api/models/{_REPO}/preupload/.+": _Handler.preupload,
+    rf"POST /api/models/{_REPO}/preupload/([^/]+)": _Handler.preupload,
     rf"POST /{_REPO}\.git/info/lfs/objects/batch": _Handler.batch,
-    r"PUT /large/upload/(\w+)": _Handler.upload,
-    r"POST /large/verify/(\w+)": _Handler.verify,
+    rf"PUT /large/upload/{_REPO}/(\w+)": _Handler.upload,
+    rf"POST /large/verify/{_REPO}/(\w+)": _Handler.verify,
     rf"POST /api/models/{_REPO}/commit/(.+)": _Handler.commit,
-    rf"GET /api/models/{_REPO}(?:/revision/.+)?": _Handler.info,
-    rf"GET /api/models/{_REPO}/tree/.+": _Handler.tree,
+    rf"GET /api/models/{_REPO}(?:/revision/(.+))?": _Handler.info,
+    rf"GET /api/models/{_REPO}/tree/([^/?]+)": _Handler.tree,
     rf"(?:GET|HEAD) /{_REPO}/resolve/[^/]+/(.+)": _Handler.resolve,
 }

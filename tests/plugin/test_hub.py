@@ -102,10 +102,17 @@ def test_a_push_is_one_commit_with_weights_config_and_card(hub, pushed, quantize
 
 def test_the_card_says_what_it_is_and_how_to_load_it(hub, pushed):
     front, body = card_of(hub, "user/fresh")
-    assert {"hf-lowbit", "4-bit", "rtn"} <= set(front["tags"])
+    assert {"hf-lowbit", "quantized", "4-bit", "rtn"} <= set(front["tags"])
     assert front["library_name"] == "transformers"
     assert "base_model" not in front  # a directory on the pusher's disk is nobody's base model
-    for part in ("method `rtn`", "4 bits", "groups of 32", "pip install hf-lowbit", 'from_pretrained("user/fresh")'):
+    for part in (
+        "method `rtn`",
+        "4 bits",
+        "groups of 32",
+        "Not measured.",
+        "pip install hf-lowbit",
+        'from_pretrained("user/fresh")',
+    ):
         assert part in body
     assert "must be installed" in body  # without the plugin the host loads random weights and only warns
 
@@ -152,8 +159,8 @@ def test_a_new_branch_is_made(hub, pushed):
 
 def test_a_failing_commit_raises_and_leaves_nothing(hub, pushed):
     outcome, text = pushed[0]["user/broken"]
-    assert outcome == "HfHubHTTPError"
-    assert "500" in text
+    assert outcome == "LowBitError"
+    assert "500" in text and "Nothing was published" in text
     assert hub.repos["user/broken"].files == {}
 
 
