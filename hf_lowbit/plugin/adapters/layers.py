@@ -56,10 +56,10 @@ class KeepsMerged:
             ValueError: ``safe_merge`` and an update that is not finite.
         """
         base = self.get_base_layer()
-        found = {name: self.factors(name) for name in check_adapters_to_merge(self, adapter_names)}  # type: ignore[arg-type]
+        found = {name: self.factors(name) for name in check_adapters_to_merge(self, adapter_names)}
         products = {name: product for name, product in found.items() if product is not None}
         if products:
-            refuse_intake(base)
+            refuse_intake(base, "a low-rank term would see what reaches the codes, not inputs as they come")
         for name, product in products.items():
             if safe_merge and not all(bool(torch.isfinite(part).all()) for part in product):
                 raise ValueError(f"adapter {name!r} holds NaN or infinity; it was not merged.")
@@ -187,7 +187,7 @@ class LowBitMissLinear(KeepsMerged, MissLinear):
             BadRequest: ``bat`` where inputs are rounded.
         """
         if config.init_weights == "bat":
-            refuse_intake(self.get_base_layer(), "MiSS with init_weights='bat' multiplies by the decoded matrix itself")
+            refuse_intake(self.get_base_layer(), "MiSS with init_weights='bat' would skip that")
         super().update_layer(adapter_name, r, config=config, **settings)
 
     def factors(self, adapter: str) -> Factors | None:

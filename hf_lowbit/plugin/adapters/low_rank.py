@@ -64,16 +64,19 @@ def with_low_rank(record: LowBitTensor, update: Factors) -> LowBitTensor:
     return LowBitTensor(replace(layout, rank=layout.rank + b.shape[1]), tensors)
 
 
-def refuse_intake(base: LowBitLinear, what: str = "An adapter kept as the record's low-rank term would see what reaches it") -> None:
+def refuse_intake(base: LowBitLinear, what: str) -> None:
     """Refuse a layer that rewrites or rounds its inputs.
+
+    Args:
+        what: would see them rewritten or rounded, or would not.
 
     Raises:
         BadRequest: it does.
     """
     if base.activation is not None:
         raise BadRequest(
-            f"the layer rewrites or rounds its inputs ({base.activation.extra_repr()}). {what}, where the adapter was trained "
-            "on inputs as they come. Merge with how='dense', or leave the adapter beside the layer."
+            f"the layer rewrites or rounds its inputs ({base.activation.extra_repr()}), and {what}. "
+            "Leave a LoRA beside the layer, or merge it with how='dense'."
         )
 
 

@@ -1,10 +1,8 @@
 """A saved adapter merged into a low-bit checkpoint, in one of three ways, each with the error it adds.
 
-=========  ==============================================================  ==================================================
-``keep``   the update becomes the record's low-rank term; codes untouched  rounding of the factors to fp16, about 0.05 % of it
-``resolve``  the sum is quantized again by a data-free method               a quantization error over again
-``dense``  the whole model becomes a dense bfloat16 checkpoint              rounding to bfloat16, about 0.2 %
-=========  ==============================================================  ==================================================
+* ``keep``: the update becomes the record's low-rank term, the codes stay; what is lost is the rounding of factors to fp16.
+* ``resolve``: the sum is quantized again by a data-free method, with a quantization error of its own.
+* ``dense``: the whole model becomes a dense checkpoint; what is lost is the rounding to bfloat16.
 """
 
 from __future__ import annotations
@@ -100,7 +98,7 @@ def merge_checkpoint(
     if method is not None and method not in SOLVERS:
         raise BadRequest(unknown_name("method", method, SOLVERS))
     if method is not None and not SOLVERS[method].optional:
-        raise BadRequest(f"method {method!r} needs calibration data; quantizing again takes a data-free one, such as codebook.")
+        raise BadRequest(f"method {method!r} needs calibration data, which merging has none of; use codebook, say.")
     config = _adapter_config(adapter)
     with Workspace.open(destination, {"merge": how}) as work:
         # A bfloat16 model holds bfloat16 norms and biases, as its dense checkpoint is to.
@@ -163,8 +161,8 @@ def _merge(adapted: Any, how: str, method: str | None) -> Any:
     model = adapted.get_base_model()
     (adapter,) = adapted.peft_config
     layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "merged_adapters")}
-    merge: Callable[[str, Any, Tensor], Tensor]
-    merge = {"keep": _keep, "resolve": partial(_resolve, model.config.quantization_config, method), "dense": _dense}[how]
+    resolve = partial(_resolve, model.config.quantization_config, method)
+    ways: dict[str, Callable[[str, Any, Tensor], Tensor]] = {"keep": _keep, "resolve": resolve, "dense": _dense}
     for name, layer in layers.items():
         if type(layer.base_layer) is nn.Linear:
             yield _merge_dense_layer(name, layer)
@@ -173,7 +171,7 @@ def _merge(adapted: Any, how: str, method: str | None) -> Any:
             raise BadRequest(f"{name!r} is a {type(layer.base_layer).__name__}, into which adapters are not merged.")
         weight = layer.base_layer.matrix(torch.float32)
         exact = layer.exact(adapter, weight)
-        found = merge(name, layer, exact)
+        found = ways[how](name, layer, exact)
         yield Merged(name, distance(found, exact), distance(weight, exact), float(exact.norm()))
 
 

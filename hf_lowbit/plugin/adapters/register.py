@@ -15,9 +15,11 @@ from torch import nn
 
 from hf_lowbit.plugin.adapters.layers import LowBitLoraLinear, LowBitMissLinear
 from hf_lowbit.plugin.modules import LowBitLinear
+from hf_lowbit.plugin.targets import ends_of
 
 _dispatch_lora = lora_model.dispatch_hqq
 _miss_class = miss_model._get_tuner_layer_class
+_replace_in_miss = miss_model.MissModel._replace_module
 _all_linear = tuners_utils._maybe_include_all_linear_layers
 
 
@@ -36,11 +38,18 @@ def _tuner_class(target: nn.Module) -> Any:
     return LowBitMissLinear if isinstance(target, LowBitLinear) else _miss_class(target)
 
 
+def _replace(self: Any, parent: nn.Module, child_name: str, new_module: Any, child: Any) -> None:
+    if isinstance(new_module, LowBitLinear):  # on unloading; it has kept its record, and has no dense weight to hand over
+        setattr(parent, child_name, new_module)
+    else:
+        _replace_in_miss(self, parent, child_name, new_module, child)
+
+
 def _include_all_linear(peft_config: Any, model: nn.Module) -> Any:
     asked = getattr(peft_config, "target_modules", None)
     peft_config = _all_linear(peft_config, model)
     if isinstance(asked, str) and asked.lower() == tuners_utils.INCLUDE_LINEAR_LAYERS_SHORTHAND:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = ends_of(model)[1]
         ours = {name for name, module in model.named_modules() if isinstance(module, LowBitLinear) and module is not head}
         # A layer that an adapter wraps already is named by its wrapper, which PEFT has found.
         ours = {name for name in ours if not name.endswith("base_layer")}
@@ -50,4 +59,5 @@ def _include_all_linear(peft_config: Any, model: nn.Module) -> Any:
 
 lora_model.dispatch_hqq = _dispatch
 miss_model._get_tuner_layer_class = _tuner_class
+miss_model.MissModel._replace_module = _replace
 tuners_utils._maybe_include_all_linear_layers = _include_all_linear
