@@ -78,9 +78,7 @@ def run(tune: ModuleType, args: argparse.Namespace, folder: Path) -> dict[str, A
         report = merge_checkpoint(str(folder / "base"), str(folder / "adapter"), target, how)
         merged = load(str(target))
         bits = 16.0 if how == "dense" else round(explain(merged).bits_per_weight_linears, 3)
-        rows[f"merged, {how}"] = measured(
-            merged, held_out, bits_per_weight=bits, error=report.error, update=report.update
-        )
+        rows[f"merged, {how}"] = measured(merged, held_out, bits_per_weight=bits, error=report.error, update=report.update)
     gap = rows[low]["perplexity"] - rows["original"]["perplexity"]
     for row in rows.values():
         row["gap_closed"] = round((rows[low]["perplexity"] - row["perplexity"]) / gap, 3)

@@ -105,7 +105,7 @@ def adapt(
         raise BadRequest("init='svfit' trains singular values alone; leave use_dora and lora_bias out, or use init='loftq'.")
     if iterations < 1 or (init == "svfit" and iterations != 1):
         raise BadRequest(f"iterations={iterations}: rounds of loftq, 1 or more; svfit has but one.")
-    if hasattr(model, "peft_config"):
+    if any(hasattr(module, "merged_adapters") for module in model.modules()):
         raise BadRequest("the model carries an adapter already; start from one without: model.unload().")
     read = _reader(model, init, source)
     specs = {} if iterations == 1 else _specs(model)
@@ -116,6 +116,7 @@ def adapt(
         if isinstance(base, LowBitLinear) and adapter_name in getattr(layer, "lora_A", ()):
             rows.append(_start(name, layer, base, read, init, adapter_name, specs.get(name), iterations))
     if not rows:
+        adapted.unload()
         raise BadRequest("target_modules names no low-bit layer, so there is nothing to start from the original.")
     return Started(adapted, rows)
 
