@@ -50,9 +50,7 @@ def adapted(model: Any, config: LoraConfig, init: str, source: str) -> Any:
 def train(model: Any, data: list, args: argparse.Namespace) -> list[dict[str, float]]:
     """Train an adapted model with the Trainer; returns its log."""
     if any(word in args.optimizer for word in BITSANDBYTES) and importlib.util.find_spec("bitsandbytes") is None:
-        raise SystemExit(
-            f"--optimizer {args.optimizer} is one of bitsandbytes: pip install bitsandbytes, or use adamw_torch."
-        )
+        raise SystemExit(f"--optimizer {args.optimizer} needs bitsandbytes: pip install bitsandbytes, or use adamw_torch.")
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder, max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=args.rate, seed=args.seed,

@@ -175,9 +175,7 @@ def _reader(model: PreTrainedModel, init: str, source: str | None) -> Any:
     low_bit = {name: module for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
     if source is None:
         if init != "svfit":
-            raise BadRequest(
-                f"init={init!r} mends what quantizing lost, so it needs the original: source=DIRECTORY or Hub id."
-            )
+            raise BadRequest(f"init={init!r} mends what quantizing lost, so give source=ORIGINAL.")
         return lambda name, base: base.lowbit().dequantize()
     if getattr(getattr(model, "hf_quantizer", None), "steps", None):
         raise BadRequest(

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+EXACT = 1024
+OVERSAMPLED = 16
+
 
 class Directions(nn.Module):
     """The right singular directions, as a linear map without a trainable weight.
@@ -68,15 +71,15 @@ def top_directions(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` largest singular triples of a float matrix ``[out, in]``: ``u [out, r]``, ``s [r]``, ``v [in, r]``.
 
     Exact up to :data:`EXACT` rows or columns, beyond that by seeded random projection (Halko et al. 2011) with 8 rounds.
+    What ``rank`` asks for beyond the number of rows or columns is zero.
     """
     if min(weight.shape) <= EXACT:
         u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        return u[:, :rank], s[:rank], vh[:rank].T
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        u, s, v = torch.svd_lowrank(weight.float(), q=rank + OVERSAMPLED, niter=8)
-    return u[:, :rank], s[:rank], v[:, :rank]
-
-
-EXACT = 1024
-OVERSAMPLED = 16
+        u, s, v = u[:, :rank], s[:rank], vh[:rank].T
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(weight.float(), q=min(rank + OVERSAMPLED, *weight.shape), niter=8)
+        u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+    lacking = (0, rank - len(s))
+    return tuple(nn.functional.pad(part, lacking) for part in (u, s, v))  # type: ignore[return-value]
