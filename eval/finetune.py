@@ -65,11 +65,11 @@ def run(tune: ModuleType, args: argparse.Namespace, folder: Path) -> dict[str, A
     lora = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     model = tune.adapted(base, lora, args.init, args.model)
     counts = model.get_nb_trainable_parameters()[0]
-    rows["adapter, before training"] = measured(model, held_out, trained=counts)
+    rows[f"{args.init}, before training"] = measured(model, held_out, trained=counts)
     begun = time.perf_counter()
     log = tune.train(model, tune.windows(tune.tokens(tokenizer, args.train, args.characters), args.length), args)
     losses = [entry["loss"] for entry in log if "loss" in entry]
-    rows["adapter, trained"] = measured(
+    rows[f"{args.init}, trained"] = measured(
         model, held_out, losses=losses, steps=args.steps, seconds=round(time.perf_counter() - begun)
     )
     model.save_pretrained(folder / "adapter")
@@ -78,7 +78,9 @@ def run(tune: ModuleType, args: argparse.Namespace, folder: Path) -> dict[str, A
         report = merge_checkpoint(str(folder / "base"), str(folder / "adapter"), target, how)
         merged = load(str(target))
         bits = 16.0 if how == "dense" else round(explain(merged).bits_per_weight_linears, 3)
-        rows[f"merged, {how}"] = measured(merged, held_out, bits_per_weight=bits, error=report.error, update=report.update)
+        rows[f"{args.init}, merged, {how}"] = measured(
+            merged, held_out, bits_per_weight=bits, error=report.error, update=report.update
+        )
     gap = rows[low]["perplexity"] - rows["original"]["perplexity"]
     for row in rows.values():
         row["gap_closed"] = round((rows[low]["perplexity"] - row["perplexity"]) / gap, 3)
@@ -95,10 +97,10 @@ def main() -> None:
     known = RESULTS / f"{args.name}.json"
     result = json.loads(known.read_text(encoding="utf-8"))["result"] if known.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        result[args.init] = run(tune, args, Path(folder))
+        rows = run(tune, args, Path(folder))
     sources = {"model": Path(args.model).name, "train": Path(args.train).name, "text": Path(args.text).name}
-    write(args.name, result, sources)
-    print(json.dumps({label: row["gap_closed"] for label, row in result[args.init].items()}, indent=1))
+    write(args.name, result | rows, sources)
+    print(json.dumps({label: row["gap_closed"] for label, row in rows.items()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -146,6 +146,10 @@ def test_transposed_layers_and_rounded_inputs_go_dense(place, tmp_path):
     with pytest.raises(BadRequest, match=r"q_proj: the layer rewrites or rounds its inputs.*how='dense'"):
         merge_checkpoint(str(place / "rounded"), str(tmp_path / "rounded-adapter"), tmp_path / "kept", "keep")
     assert not (tmp_path / "kept").exists() and not list(tmp_path.glob(".*"))
+    again = merge_checkpoint(str(place / "rounded"), str(tmp_path / "rounded-adapter"), tmp_path / "again", "resolve")
+    assert 0 < again.error < 0.2
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert merged.model.layers[0].self_attn.q_proj.activation is not None
 
 
 def test_the_command_prints_what_the_function_returns(place, tmp_path, capsys):
