@@ -23,6 +23,8 @@ COLUMNS = {
     "tensors_mb": ("tensors MB", "{}"),
     "median_s": ("median s", "{:.3f}"),
     "min_s": ("least s", "{:.3f}"),
+    "gap_closed": ("gap closed", "{:.1%}"),
+    "error": ("relative error of the merge", "{:.1e}"),
 }
 
 

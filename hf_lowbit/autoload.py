@@ -1,9 +1,10 @@
-"""Being found without an import: registers the plugin as soon as Transformers' quantizers are imported.
+"""Being found without an import: registers the plugin as soon as Transformers' quantizers are imported, and our layers
+as soon as PEFT is.
 
 ``import torch`` calls :func:`autoload` through the ``torch.backends`` entry point in every process (unless
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``), and ``import hf_lowbit`` calls it too. It imports neither torch nor transformers: it
-leaves a finder that waits for ``transformers.quantizers`` and imports ``hf_lowbit.plugin`` right after it. An error on the
-way becomes a warning, since an exception here would break ``import torch`` for everybody.
+leaves a finder that waits for what ``PLUGINS`` names and imports our side right after it. An error on the way becomes a
+warning, since an exception here would break ``import torch`` for everybody.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-TARGET = "transformers.quantizers"
-PLUGIN = "hf_lowbit.plugin"
+# Module of a host -> module of ours whose import registers with it.
+PLUGINS = {"transformers.quantizers": "hf_lowbit.plugin", "peft": "hf_lowbit.plugin.adapters.register"}
 
 
 class _After(importlib.abc.MetaPathFinder):
-    """Runs :func:`_register` after ``TARGET`` was executed; finds nothing itself."""
+    """Runs :func:`_register` after a module that ``PLUGINS`` names was executed; finds nothing itself."""
 
     def __init__(self) -> None:
         self.busy = False
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if self.busy or name != TARGET:
+        if self.busy or name not in PLUGINS:
             return None
         self.busy = True
         try:
@@ -41,7 +42,7 @@ class _After(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _register()
+            _register(name)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -58,24 +59,27 @@ class _Unfinished(ModuleSpec):
         super().__setattr__(name, value)
         if name == "_initializing" and not value:
             self.__class__ = ModuleSpec  # type: ignore[assignment]
-            _register()
+            _register(self.name)
 
 
 def autoload() -> None:
-    """Register now if Transformers' quantizers are there already, else as soon as they are."""
+    """Register with each host that is there already now, with the others as soon as they are."""
     if not any(isinstance(finder, _After) for finder in sys.meta_path):
         sys.meta_path.insert(0, _After())
-    spec = getattr(sys.modules.get(TARGET), "__spec__", None)
-    if not getattr(spec, "_initializing", False):
-        _register()
-    elif type(spec) is ModuleSpec:
-        spec.__class__ = _Unfinished
+    for target in PLUGINS:
+        spec = getattr(sys.modules.get(target), "__spec__", None)
+        if not getattr(spec, "_initializing", False):
+            _register(target)
+        elif type(spec) is ModuleSpec:
+            spec.__class__ = _Unfinished
 
 
-def _register() -> None:
-    if PLUGIN in sys.modules or TARGET not in sys.modules:
+def _register(target: str) -> None:
+    plugin = PLUGINS[target]
+    if plugin in sys.modules or target not in sys.modules:
         return
     try:
-        importlib.import_module(PLUGIN)
+        importlib.import_module(plugin)
     except Exception as error:
-        warnings.warn(f"hf-lowbit could not register itself with transformers: {error}", stacklevel=2)
+        host = target.partition(".")[0]
+        warnings.warn(f"hf-lowbit could not register itself with {host}: {error}", stacklevel=2)

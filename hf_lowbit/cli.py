@@ -67,6 +67,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="take over a GPTQ, AWQ, bitsandbytes NF4 or compressed-tensors checkpoint as it is, number for number",
     )
 
+    merge = _command(
+        added, "merge", commands.run_merge, "merge a PEFT adapter into a quantized checkpoint, as a new directory"
+    )
+    merge.add_argument("source", metavar="DIR", help="directory or Hub id of the quantized model; only read")
+    merge.add_argument("adapter", metavar="ADAPTER", help="directory or Hub id of the adapter")
+    merge.add_argument("destination", metavar="OUT", help="directory to write; must not hold anything yet")
+    merge.add_argument(
+        "--how",
+        default="keep",
+        help="keep: as the format's low-rank term, codes untouched (the default); resolve: quantize the sums again; "
+        "dense: a dense bfloat16 checkpoint",
+    )
+    merge.add_argument("--method", help="data-free solver for --how resolve; each matrix's own unless given")
+
     plan = _command(added, "plan", commands.run_plan, "say what quantizing would need: peak memory, time, final size")
     plan.add_argument("source", metavar="SRC", help="directory or Hub id of the model; only its config is read")
     plan.add_argument("--for", dest="target", metavar="TARGET", help="say whether `export --to TARGET` could follow, too")

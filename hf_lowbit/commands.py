@@ -123,6 +123,21 @@ def _import_quantized(args: argparse.Namespace) -> None:
     print(f"{len(rows)} matrices of {found['config']['options']['source']} taken over, bit for bit:")
     print(f"{found['bits_per_weight_linears']:.3f} bits per weight, files {found['bytes']:,} bytes")
     print(f"written to {args.destination}")
+def run_merge(args: argparse.Namespace) -> None:
+    """Merge ADAPTER into DIR as OUT."""
+    from hf_lowbit.plugin import checkpoint
+    from hf_lowbit.plugin.adapters import merge_checkpoint
+
+    checkpoint.show_progress(sys.stderr.isatty() and not args.json)
+    report = merge_checkpoint(args.source, args.adapter, args.destination, args.how, args.method)
+    sizes = _sizes(args.destination)
+    if args.json:
+        return _print_json(report.to_json() | sizes | {"destination": args.destination})
+    cells = [(row.name, f"{row.error:.2e}", f"{row.update:.2e}") for row in report.rows]
+    cells.append(("all", f"{report.error:.2e}", f"{report.update:.2e}"))
+    _print_table(f"{args.how}: relative Frobenius norms", ("matrix", "error added", "size of the update"), cells)
+    bits = sizes["bits_per_weight_linears"]
+    print(f"written to {args.destination}, {sizes['bytes']:,} bytes" + (f", {bits:.3f} bits per weight" if bits else ""))
 
 
 def _print_report(rows: Sequence[dict[str, Any]]) -> None:

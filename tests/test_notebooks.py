@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-# What the outputs of each must hold.
+# What the outputs of each notebook must hold; one without an entry fails.
 EXPECTED = {
     "01_load_and_generate": ["the same logits, bit for bit: True", "times smaller", "bits per weight", "Linear torch."],
     "02_choose_bits_and_read_the_report": ["peak", "2 bits, down_proj 4:", "written to", "Bits and error by block"],
+    "04_finetune_on_two_bits": ["of the gap closed", "merged, keep", "merged, resolve", "merged, dense"],
     "05_who_wrote_this": ["machine - at most", "another detector"],
 }
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -34,5 +35,4 @@ def test_it_runs(path, monkeypatch):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
     text = "".join(str(cell.get("outputs")) for cell in notebook.cells)
-    for expected in EXPECTED[path.stem]:
-        assert expected in text
+    assert [wanted for wanted in EXPECTED[path.stem] if wanted not in text] == []

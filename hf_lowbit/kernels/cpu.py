@@ -258,8 +258,9 @@ def _keep_record(ctx, inputs, output) -> None:
 
 
 def _grad_to_input(ctx, grad: Tensor):
-    weight = ops.OPS.dequantize(list(ctx.saved_tensors), ctx.layout, grad.dtype)
-    return grad @ weight, None, None, None, None, [None] * len(ctx.saved_tensors), None
+    tensors = list(ctx.saved_tensors)  # once: under gradient checkpointing each look unpacks them again
+    weight = ops.OPS.dequantize(tensors, ctx.layout, grad.dtype)
+    return grad @ weight, None, None, None, None, [None] * len(tensors), None
 
 
 _FUNCTIONS = (

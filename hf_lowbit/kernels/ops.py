@@ -63,8 +63,9 @@ def _keep_weight(ctx, inputs, output) -> None:
 
 
 def _grad_to_input(ctx, grad: Tensor):
-    weight = OPS.dequantize(list(ctx.saved_tensors), ctx.layout, grad.dtype)
-    return grad @ weight, [None] * len(ctx.saved_tensors), None
+    tensors = list(ctx.saved_tensors)  # once: under gradient checkpointing each look unpacks them again
+    weight = OPS.dequantize(tensors, ctx.layout, grad.dtype)
+    return grad @ weight, [None] * len(tensors), None
 
 
 for _name, _body, _fake in (

@@ -244,6 +244,7 @@ class _Made:
         ]
         for part in present:
             places += [(part._buffers, "weight_codes"), (part._parameters, "weight"), (part._parameters, "bias")]
+            places.append((part.__dict__, "layouts"))  # a merged adapter changes the record, not the codes
         self._found = [(place, name, place.get(name)) for place, name in places]
         codes = [part._buffers.get("weight_codes") for part in present]
         self._codes = [tensor for tensor in codes if written(tensor) is not None]

@@ -33,6 +33,9 @@ class LowBitModule(nn.Module):
         """Replace the dense ``parameter``, if there, by uninitialised buffers for ``layout``."""
         if parameter in self._parameters:
             del self._parameters[parameter]
+        before = getattr(self, "layouts", {}).get(parameter)
+        for stored in () if before is None else before.fields:
+            self._buffers.pop(field_name(parameter, stored), None)
         for stored, tensor in LowBitTensor.empty(layout, device).tensors.items():
             self.register_buffer(field_name(parameter, stored), tensor)
         self.layouts = {**getattr(self, "layouts", {}), parameter: layout}
@@ -54,15 +57,15 @@ class LowBitModule(nn.Module):
         return select(self.layouts[parameter], first.device, strict=strict)
 
     def prepared(self, parameter: str = "weight") -> tuple[Any, Any]:
-        """The backend and its prepared form of a parameter, made again whenever the buffers were replaced or written to."""
-        first = self._buffers[field_name(parameter, "codes")]
+        """The backend and its prepared form of a parameter, made again whenever the record was replaced or written to."""
+        first, layout = self._buffers[field_name(parameter, "codes")], self.layouts[parameter]
         cache = self.__dict__.setdefault("_prepared", {})
         known = cache.get(parameter)
         writes = written(first)
-        if known is None or known[0] is not first or writes not in (None, known[1]):
+        if known is None or known[0] is not first or known[1] is not layout or writes not in (None, known[2]):
             backend = self.choice(parameter).backend
-            known = cache[parameter] = (first, writes, backend, self._prepare(backend, parameter))
-        return known[2], known[3]
+            known = cache[parameter] = (first, layout, writes, backend, self._prepare(backend, parameter))
+        return known[3], known[4]
 
     def _prepare(self, backend: Any, parameter: str) -> Any:
         return backend.prepare(self.lowbit(parameter))
@@ -170,13 +173,33 @@ class LowBitLinear(LowBitModule):
             return prepared._replace(auto=cpu.EXACT)  # the kernel must not round again what was rounded here
         return prepared
 
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """The weight as the module this one replaced would hold it; what is done to its inputs is multiplied in."""
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The matrix ``[out_features, in_features]`` that multiplies this layer's inputs as they come, but for rounding."""
         weight = self.lowbit().dequantize(dtype)
         if self.activation is not None:
             units = torch.eye(self.in_features, dtype=torch.float64, device=weight.device)
             weight = (weight.double() @ self.activation.activations.exact(units).T).to(dtype)
-        return weight.T.contiguous() if self.transposed else weight
+        return weight
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the module this one replaced would hold it; what is done to its inputs is multiplied in."""
+        return self.matrix(dtype).T.contiguous() if self.transposed else self.matrix(dtype)
+
+    # The names by which PEFT finds a quantized layer's device and sizes, whatever the kind of adapter.
+    @property
+    def qweight(self) -> Tensor:
+        """The packed codes."""
+        return self.get_buffer(field_name("weight", "codes"))
+
+    @property
+    def infeatures(self) -> int:
+        """Inputs."""
+        return self.in_features
+
+    @property
+    def outfeatures(self) -> int:
+        """Outputs."""
+        return self.out_features
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

@@ -316,7 +316,7 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         elif isinstance(module, LowBitEmbedding):
             model.set_submodule(name, module.dense(dtype))
         elif isinstance(module, LowBitLinear):
-            model.set_submodule(name, _dense_linear(module, dtype))
+            model.set_submodule(name, dense_linear(module, module.dense(dtype)))
         elif isinstance(module, LowBitTiedHead):
             head: Any = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
             head.bias = module.bias
@@ -328,12 +328,12 @@ def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.__dict__.pop(name, None)
 
 
-def _dense_linear(module: LowBitLinear, dtype: torch.dtype) -> nn.Module:
-    weight = nn.Parameter(module.dense(dtype), requires_grad=False)
+def dense_linear(module: LowBitLinear, weight: Tensor) -> nn.Module:
+    """The module a low-bit one replaced, around a weight in that module's own order of axes."""
     with torch.device("meta"):
         new: Any = Conv1D(module.out_features, module.in_features) if module.transposed else None
         new = new or nn.Linear(module.in_features, module.out_features, module.bias is not None)
-    new.weight, new.bias = weight, module.bias
+    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), module.bias
     return new
 
 

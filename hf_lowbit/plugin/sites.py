@@ -67,6 +67,13 @@ class Shards:
             with safe_open(str(file), framework="pt") as handle:
                 self._where |= dict.fromkeys(handle.keys(), file)
 
+    def shape(self, name: str) -> list[int] | None:
+        """Shape of a stored tensor, None where the files hold none of that name."""
+        if name not in self._where:
+            return None
+        with safe_open(str(self._where[name]), framework="pt") as handle:
+            return list(handle.get_slice(name).get_shape())
+
     def read(self, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """float32 copies of parameters (full name -> the model's own tensor)."""
         out = {}
