@@ -15,7 +15,6 @@ scales, where bf16 reads 2. Importing this module needs no Triton and no GPU.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -35,7 +34,6 @@ from hf_lowbit.kernels.triton_plan import derive, plan, unsupported
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Oldest NVIDIA capability with bfloat16 tensor cores, which is also the oldest that Triton serves.
 CAPABILITY = (8, 0)
-INTERPRET = "TRITON_INTERPRET"
 
 
 class Prepared(NamedTuple):
@@ -57,7 +55,7 @@ class Triton(Backend):
         reason = trouble(device) or unsupported(layout)
         if reason:
             return Verdict(False, reason)
-        return Verdict(True, "interpreted" if device.type == "cpu" else _name(device))
+        return Verdict(True, _name(device))
 
     def prepare(self, tensor: LowBitTensor) -> Prepared:
         """The record itself and its small derived tensors."""
@@ -78,6 +76,11 @@ class Triton(Backend):
             return _REFERENCE.embedding(ids, Stored(prepared.tensors, prepared.layout), dtype)
         return ops.OPS.triton_rows(ids, prepared.tensors, prepared.derived, prepared.layout, dtype)
 
+    def groups(self, prepared: Prepared) -> bool:
+        """Whether :meth:`grouped` takes a matrix: a stack of one stage over all rows with nothing beside it."""
+        made = plan(prepared.layout)
+        return made.simple and len(made.layout.shape) == 3
+
     def grouped(self, x: Tensor, experts: Tensor, prepared: Prepared) -> Tensor:
         """``hf_lowbit::triton_grouped``: each row of ``x`` ``[n, in]`` by its own matrix of a plain stack, in one launch.
 
@@ -92,12 +95,10 @@ _REFERENCE = Reference()
 
 def trouble(device: torch.device) -> str | None:
     """Why no Triton kernel runs on a device, or None."""
-    if find_spec("triton") is None:
-        return "Triton is not installed (`pip install triton`)"
-    if device.type == "cpu":
-        return None if os.environ.get(INTERPRET) == "1" else "the tensor is on cpu"
     if device.type != "cuda":
         return f"the tensor is on {device.type}"
+    if find_spec("triton") is None:
+        return "Triton is not installed (`pip install triton`)"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     found = capability(device)

@@ -122,44 +122,59 @@ def permuted_levels(words_ptr, mask, planes, BITS: tl.constexpr, KIND: tl.conste
 
 
 @triton.jit
-def lane(words_ptr, word, mask, number: tl.constexpr, BITS: tl.constexpr):
+def load_words(words_ptr, mask, COUNT: tl.constexpr):
+    """The words of units, up to seven; those that a unit has not are its first."""
+    first = tl.load(words_ptr, mask=mask, other=0)
+    return (
+        first,
+        tl.load(words_ptr + 1, mask=mask, other=0) if COUNT > 1 else first,
+        tl.load(words_ptr + 2, mask=mask, other=0) if COUNT > 2 else first,
+        tl.load(words_ptr + 3, mask=mask, other=0) if COUNT > 3 else first,
+        tl.load(words_ptr + 4, mask=mask, other=0) if COUNT > 4 else first,
+        tl.load(words_ptr + 5, mask=mask, other=0) if COUNT > 5 else first,
+        tl.load(words_ptr + 6, mask=mask, other=0) if COUNT > 6 else first,
+    )
+
+
+@triton.jit
+def lane(words, number: tl.constexpr, BITS: tl.constexpr):
     """Four codes in the bytes of a word: columns ``number``, ``number + lanes``, and so on of each unit."""
     if BITS == 8:
-        codes = word
+        codes = words[0]
     elif 32 % BITS == 0:
-        codes = (word >> (number * BITS)) & (((1 << BITS) - 1) * 0x01010101)
+        codes = (words[0] >> (number * BITS)) & (((1 << BITS) - 1) * 0x01010101)
     else:
-        codes = (word >> number) & 0x01010101
+        codes = (words[0] >> number) & 0x01010101
         for plane in tl.static_range(1, BITS):
-            other = tl.load(words_ptr + plane, mask=mask, other=0)
-            codes |= ((other >> number) & 0x01010101) << plane
+            codes |= ((words[plane] >> number) & 0x01010101) << plane
     return codes
 
 
 @triton.jit
-def unit_codes(words_ptr, word, mask, FIRST: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr):
-    """Codes int32 ``[rows, units, 4 LANES]`` of the lanes ``FIRST, FIRST + STEP, ...``, a thread holding all of a unit's.
+def looked_up(words, table_ptr, FIRST: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr):
+    """Levels ``[rows, units, 4 LANES]`` of the lanes ``FIRST, FIRST + STEP, ...``; ``table_ptr`` is a pointer, or ``[rows, 1]`` of them.
 
-    Halves the lanes until one is left; joining puts what tells the halves apart into the last axis.
+    Halves the lanes until one is left; joining puts what tells the halves apart into the last axis. Look-ups go by tiles of
+    the shape of the words, so that they keep the layout of the words and a thread holds all columns of its units.
     """
     if LANES == 1:
-        four = lane(words_ptr, word, mask, FIRST, BITS)
-        even = tl.join(four & 255, (four >> 16) & 255)
-        odd = tl.join((four >> 8) & 255, (four >> 24) & 255)
+        four = lane(words, FIRST, BITS)
+        even = tl.join(tl.load(table_ptr + (four & 255)), tl.load(table_ptr + ((four >> 16) & 255)))
+        odd = tl.join(tl.load(table_ptr + ((four >> 8) & 255)), tl.load(table_ptr + ((four >> 24) & 255)))
     else:
-        even = unit_codes(words_ptr, word, mask, FIRST, 2 * STEP, LANES // 2, BITS)
-        odd = unit_codes(words_ptr, word, mask, FIRST + STEP, 2 * STEP, LANES // 2, BITS)
-    return tl.reshape(tl.join(even, odd), (word.shape[0], word.shape[1], 4 * LANES))
+        even = looked_up(words, table_ptr, FIRST, 2 * STEP, LANES // 2, BITS)
+        odd = looked_up(words, table_ptr, FIRST + STEP, 2 * STEP, LANES // 2, BITS)
+    return tl.reshape(tl.join(even, odd), (words[0].shape[0], words[0].shape[1], 4 * LANES))
 
 
 @triton.jit
 def table_levels(words_ptr, mask, table_ptr, table_of_row, BITS: tl.constexpr, UNIT: tl.constexpr, PER_ROW: tl.constexpr):
     """Levels float32 ``[rows, units, columns of a unit]`` of any width, from a table in memory."""
-    word = tl.load(words_ptr, mask=mask, other=0)
-    code = unit_codes(words_ptr, word, mask, 0, 1, UNIT // 4, BITS)
+    words = load_words(words_ptr, mask, UNIT * BITS // 32)
+    base = table_ptr
     if PER_ROW:
-        code += (table_of_row * (1 << BITS))[:, None, None]
-    return tl.load(table_ptr + code)
+        base = table_ptr + (table_of_row * (1 << BITS))[:, None]
+    return looked_up(words, base, 0, 1, UNIT // 4, BITS)
 
 
 @triton.jit

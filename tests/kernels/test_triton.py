@@ -122,9 +122,9 @@ def test_large_batches_and_float32_decode_the_matrix(records, bounds, monkeypatc
 
     monkeypatch.setattr(triton_launch, "DENSE_FROM", 4)
     monkeypatch.setattr(triton_launch, "DENSE_WEIGHTS", 1000)
-    record = records.fill(simple(bits=3, columns=75, group=75), 0)
-    for x in (gauss(6, 75).half(), gauss(3, 75), gauss(1, 75)):
-        check(bounds, record, x, gauss(21, seed=1).to(x.dtype))
+    record = records.fill(simple(9, 75, 3, 75), 0)
+    for x in (gauss(6, 75).half(), gauss(1, 75)):
+        check(bounds, record, x, gauss(9, seed=1).to(x.dtype))
     check(bounds, records.fill(simple(outliers=5), 0), gauss(3, 96), gauss(21, seed=1))
 
 
