@@ -2,10 +2,10 @@
 
     python eval/gpu_static.py [--capability 80 90]
 
-Compiles each kernel as it is launched on a 4096x14336 matrix (groups of 64, 16-bit scales, bfloat16 activations), disassembles
-it with Triton's own tools and counts the instructions of its longest loop per weight that the loop decodes. Issue slots bound
-a kernel from above: a multiprocessor issues 128 lane-instructions a clock. ``ceiling GB/s`` is what that allows at the clocks
-and multiprocessors of the named card, the ceiling of the arithmetic, not a measured speed. Writes
+Compiles each kernel as it is launched on a 4096x14336 matrix (groups of 64, 16-bit scales, bfloat16 activations),
+disassembles it with Triton's own tools and counts the instructions of its longest loop per weight that the loop decodes.
+Issue slots bound a kernel from above: a multiprocessor issues 128 lane-instructions a clock. ``ceiling GB/s`` is what that
+allows at the clocks and multiprocessors of the named card, the ceiling of the arithmetic, not a measured speed. Writes
 ``eval/results/gpu_static.json``. Run it without ``TRITON_INTERPRET``.
 """
 
@@ -20,7 +20,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from results_file import write
@@ -129,7 +128,9 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
     results = {}
-    print("card            bits batch  bytes/weight  instructions/weight  registers  spilled  ceiling GB/s (share of nominal)")
+    print(
+        "card            bits batch  bytes/weight  instructions/weight  registers  spilled  ceiling GB/s (share of nominal)"
+    )
     for capability in args.capability:
         card, multiprocessors, clock, nominal = CARDS[capability]
         for bits in WIDTHS:

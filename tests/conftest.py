@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from hypothesis import settings
 
-# Triton decides between compiler and interpreter when it is imported, by whichever test: `make test-gpu` asks for the former.
+# Triton chooses compiler or interpreter when it is imported, by whichever test; `make test-gpu` asks for the compiler.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A failing example must fail again on the next run, and a slow machine is no failure.

@@ -96,7 +96,8 @@ def table_of_row(tensor: LowBitTensor, stage: Stage, fields: Mapping[str, Tensor
         if int(ids.max()) >= stage.tables:
             raise FormatError(f"a row asks for level table {int(ids.max())}, the tensor has {stage.tables}.")
         return ids
-    rows = fields["row_ids"] if stage.rows is not None else torch.arange(tensor.layout.rows, dtype=torch.int32, device=tensor.device)
+    every = torch.arange(tensor.layout.rows, dtype=torch.int32, device=tensor.device)
+    rows = fields["row_ids"] if stage.rows is not None else every
     return (rows // (tensor.layout.rows // stage.tables)).to(torch.int32)
 
 

@@ -3,11 +3,11 @@
 **Memory.** ``prepare`` copies nothing large: kernels read the stored codes; what it adds is listed in ``triton_plan`` and
 counted by ``derived_bytes``. A model loaded with ``device_map="cuda"`` therefore occupies its packed size plus at most 6 %.
 
-**Arithmetic.** Sums are float32 in a fixed order. With one row of activations levels of 2 to 4 bits are rounded to fp16 (which
-stored tables are already) and multiplied in float32; all other widths use the table as it is. With more rows weights are
-rounded to the dtype of the activations, as in a dense model: relative error of a weight at most 2**-8 + 2**-9 in bfloat16,
-2**-10 + 2**-11 in float16 (level, scale and product each rounded). From ``triton_configs.DENSE_FROM`` rows on, and for
-float32 activations, the matrix is decoded in pieces and multiplied by torch.
+**Arithmetic.** Sums are float32 in a fixed order. With one row of activations levels of 2 to 4 bits are rounded to fp16
+(which stored tables are already) and multiplied in float32; all other widths use the table as it is. With more rows weights
+are rounded to the dtype of the activations, as in a dense model; at 2 to 4 bits without offsets level, scale and product are
+each rounded, so that a weight is off by at most 3 * 2**-8 of itself in bfloat16 and 3 * 2**-11 in float16. From
+``triton_configs.DENSE_FROM`` rows on, and for float32 activations, the matrix is decoded in pieces and multiplied by torch.
 
 Bytes read per weight, codes and scales: ``bits / 8 + scale bytes / group``, so 0.53125 at 4 bits, groups of 64 and 16-bit
 scales, where bf16 reads 2. Importing this module needs no Triton and no GPU.
@@ -103,7 +103,9 @@ def trouble(device: torch.device) -> str | None:
         return "torch finds no CUDA device"
     found = capability(device)
     if torch.version.hip is None and found < CAPABILITY:
-        return f"{_name(device)} has compute capability {found[0]}.{found[1]}, the kernels need {CAPABILITY[0]}.{CAPABILITY[1]}"
+        return (
+            f"{_name(device)} has compute capability {found[0]}.{found[1]}, the kernels need {CAPABILITY[0]}.{CAPABILITY[1]}"
+        )
     return None
 
 
@@ -194,8 +196,10 @@ def _grad_to_input(ctx, grad: Tensor):
 
 
 _FUNCTIONS = (
-    ("triton_linear(Tensor x, Tensor[] tensors, Tensor[] derived, str layout, Tensor? bias) -> Tensor", _linear, _fake_linear),
-    ("triton_rows(Tensor ids, Tensor[] tensors, Tensor[] derived, str layout, ScalarType dtype) -> Tensor", _rows, _fake_rows),
+    ("triton_linear(Tensor x, Tensor[] tensors, Tensor[] derived, str layout, Tensor? bias) -> Tensor", _linear,
+     _fake_linear),
+    ("triton_rows(Tensor ids, Tensor[] tensors, Tensor[] derived, str layout, ScalarType dtype) -> Tensor", _rows,
+     _fake_rows),
     ("triton_grouped(Tensor x, Tensor experts, Tensor[] tensors, Tensor[] derived, str layout) -> Tensor", _grouped,
      _fake_grouped),
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 A *unit* is what whole 32-bit words of a row hold: 4 columns at 8 bits, 8 at 4, 16 at 2 and 32 at every other width, whose
 ``BITS`` words are the bit planes of the packer. Units of a row follow each other, so that neighbouring threads read
-neighbouring words and a thread reads up to four of them, 16 bytes, at once.
+neighbouring words and a thread reads four of them, 16 bytes, at once (of bit planes a word each).
 
 Levels of 2, 3 and 4 bits come out of registers. The codes of a unit are brought into *octets*, words with a code in each
 nibble, which are the selectors of a byte permutation (``prmt``) over the low and the high bytes of the table in 16-bit
@@ -152,7 +152,9 @@ def lane(words, number: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def looked_up(words, table_ptr, FIRST: tl.constexpr, STEP: tl.constexpr, LANES: tl.constexpr, BITS: tl.constexpr):
-    """Levels ``[rows, units, 4 LANES]`` of the lanes ``FIRST, FIRST + STEP, ...``; ``table_ptr`` is a pointer, or ``[rows, 1]`` of them.
+    """Levels ``[rows, units, 4 LANES]`` of the lanes ``FIRST, FIRST + STEP, ...``.
+
+    ``table_ptr`` is a pointer, or ``[rows, 1]`` of them.
 
     Halves the lanes until one is left; joining puts what tells the halves apart into the last axis. Look-ups go by tiles of
     the shape of the words, so that they keep the layout of the words and a thread holds all columns of its units.

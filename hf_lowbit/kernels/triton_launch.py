@@ -1,13 +1,12 @@
 """Launches of the Triton kernels: one for a plain matrix, a few for one with residual stages, outliers or a low-rank term.
 
 A plain matrix, bias included, is one launch. Every further term (stage, split, outliers, low rank) writes float32 sums of
-its own and one last launch adds them in order. A permutation gathers the inputs first. Nothing here waits for the device, and
-sizes follow from shapes alone, so calls can be captured in CUDA graphs.
+its own and one last launch adds them in order. A permutation gathers the inputs first. Nothing waits for the device, and sizes
+follow from shapes alone, so that calls can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -161,8 +160,8 @@ def _gemm(
         made.columns, stage.words, stage.units, each, stage.scale_stride, stage.supers, stage.per_super, made.factor,
         x.stride(0), out.shape[-1],
         **_static(stage), PER_ROW=stage.tables > 1, SUBSET=stage.subset, BIAS=bias is not None, PERMUTE=_permuting(stage),
-        ASM=device_of(x.device.index)[2], KIND=KINDS[x.dtype], WIDE=interpreted(), BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BLOCK_U=block_u, num_warps=config.warps, num_stages=config.stages,
+        ASM=device_of(x.device.index)[2], KIND=KINDS[x.dtype], WIDE=interpreted(), BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n, BLOCK_U=block_u, num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
 

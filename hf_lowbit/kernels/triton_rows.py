@@ -68,9 +68,7 @@ def rows_kernel(
 
 
 @triton.jit
-def outlier_kernel(
-    x_ptr, values_ptr, columns_ptr, starts_ptr, out_ptr, x_stride, out_rows, factor, BLOCK: tl.constexpr
-):
+def outlier_kernel(x_ptr, values_ptr, columns_ptr, starts_ptr, out_ptr, x_stride, out_rows, factor, BLOCK: tl.constexpr):
     """``out[m, row] = factor * sum over the row's outliers of value * x[m, column]``, float32; one program each."""
     row, m = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)

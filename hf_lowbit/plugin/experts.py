@@ -2,8 +2,8 @@
 
 The host keeps all experts of a layer in parameters ``[experts, out, in]`` (or transposed). The module keeps its class,
 attributes, activation and biases; only the stacks become low-bit and the forward decodes one expert at a time, so the
-transient memory is one expert instead of the layer. On a GPU a few tokens take one launch per stack instead, which reads each
-chosen expert as it is stored and never waits for the routing.
+transient memory is one expert instead of the layer. On a GPU a few tokens take one launch per stack instead, which reads
+each chosen expert as it is stored and never waits for the routing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class LowBitExperts(LowBitModule):
     act_fn: Any
     post_expert_norm: Any
     _apply_gate: Any
+    num_experts: int
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route tokens ``[tokens, hidden]`` to their experts and sum the weighted outputs.
@@ -59,7 +60,7 @@ class LowBitExperts(LowBitModule):
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
 
     def _grouped(self, index: Tensor) -> bool:
-        """Whether each choice of a token can be a row of one launch: few of them, no gradient, plain stacks on the GPU kernels."""
+        """Whether each choice of a token can be a row of one launch: few of them, no gradient, plain stacks on a GPU."""
         if index.numel() > MOST_CHOICES or torch.is_grad_enabled() or self.__dict__.get("_watched"):
             return False
         parameters = (self._first, "down_proj")

@@ -1,4 +1,4 @@
-"""The Triton kernels against the exact product, within derived bounds: in Triton's interpreter, or on a GPU by `make test-gpu`."""
+"""The Triton kernels against the exact product, within derived bounds: in Triton's interpreter, or by `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ runs = pytest.mark.skipif(
     reason="needs Triton, and its interpreter (TRITON_INTERPRET=1) or a GPU",
 )
 WIDTHS = (2, 3, 4, 8)
-# What a weight may lose: rows of one are multiplied in float32 by levels in fp16; else level, scale and product are rounded.
+# What a weight may lose: one row is multiplied in float32 by levels in fp16; else level, scale and product are rounded.
 LEVEL = 2.0**-11
-FAMILIES = {1: "uniform_zero_free", 2: "uniform", 3: "affine", 4: "normal_float", 5: "affine", 6: "power", 7: "uniform", 8: "integer"}
+FAMILIES = dict(
+    enumerate(["uniform_zero_free", "uniform", "affine", "normal_float", "affine", "power", "uniform", "integer"], 1)
+)
 
 
 def gauss(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -76,7 +78,8 @@ def test_product_within_the_bound(bits, dtype, records, bounds):
         exponent = 0.7 if family == "power" else None
         stage = Stage(Levels(family, bits, exponent), group, scale_bits, offset)
         record = records.fill(Layout((rows, columns), (stage,), shift=-3), bits)
-        for batch in (1, 3):
+        # A single row is multiplied in float32 whatever its dtype.
+        for batch in (1, 3) if dtype == torch.float16 else (3,):
             check(bounds, record, gauss(batch, columns, seed=bits).to(dtype))
 
 
@@ -84,7 +87,8 @@ def test_product_within_the_bound(bits, dtype, records, bounds):
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_every_width_family_scale_and_batch(bits, records, bounds):
-    shapes = [(53, 31, 31, 16, False), (37, 300, 64, 8, True), (33, 256, 32, 6, False), (1, 1, 1, 16, False), (130, 512, 128, 6, True)]
+    shapes = [(53, 31, 31, 16, False), (37, 300, 64, 8, True), (33, 256, 32, 6, False), (1, 1, 1, 16, False)]
+    shapes.append((130, 512, 128, 6, True))
     for (rows, columns, group, scale_bits, offset), family in product(shapes, ("fitted", FAMILIES[bits])):
         for tables in (1, rows) if family == "fitted" else (1,):
             stage = Stage(Levels(family, bits, 0.7 if family == "power" else None), group, scale_bits, offset, tables)
@@ -257,8 +261,7 @@ def test_float64_takes_the_reference_road(records):
     assert torch.equal(found, torch.nn.functional.linear(x, moved(record).dequantize(torch.float64)))
 
 
-def test_the_permutation_is_the_instruction_it_stands_for():
-    """`prmt.b32` of the PTX manual on random words: the emulation in the kernels is what the interpreter tests."""
+def test_byte_planes_hold_the_table():
     table = gauss(2, 16)
     planes = byte_planes(table, torch.float16)
     low, high = planes[:, :4].contiguous().view(torch.uint8), planes[:, 4:].contiguous().view(torch.uint8)
@@ -311,7 +314,9 @@ class TestSelection:
         assert unsupported(simple(group=96)) is None and unsupported(simple(columns=30, group=30)) is None
 
 
-@pytest.mark.parametrize(("name", "content"), [("permutation", 96), ("outlier_columns", 96), ("row_ids_1", 29), ("table_ids", 3)])
+@pytest.mark.parametrize(
+    ("name", "content"), [("permutation", 96), ("outlier_columns", 96), ("row_ids_1", 29), ("table_ids", 3)]
+)
 def test_damaged_indices_are_refused_when_prepared(name, content, records):
     stages = (Stage(Levels("fitted", 4), 32, tables=3, table_ids=True), Stage(Levels("uniform", 2), 32, rows=4))
     record = records.fill(Layout((29, 96), stages, outliers=5, permuted=True), 0)
@@ -345,14 +350,14 @@ def test_what_is_added_is_counted_and_small(records):
 def test_an_8b_model_occupies_its_packed_size_and_a_tenth_at_most():
     """Llama 3 8B at the defaults: 4 bits inside blocks, 6 for table and head, groups of 32, 6-bit scales."""
     hidden, inner, heads = 4096, 14336, 1024
-    block = [(hidden, hidden), (heads, hidden), (heads, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner)]
+    block = [*[(hidden, hidden), (heads, hidden), (inner, hidden)] * 2, (hidden, inner)]
     layouts = [Layout(shape, (Stage(Levels("fitted", 4), 32, 6),)) for shape in block] * 32
     layouts += [Layout((128256, hidden), (Stage(Levels("fitted", 6), 32, 6),))] * 2
     packed = sum(ledger(layout).bytes for layout in layouts)
     # While scales of one matrix are expanded, the bit planes' lanes and their sum exist beside them: nine bytes a scale.
     largest = max(9 * layout.rows * layout.in_features // 32 for layout in layouts)
     peak = packed + sum(derived_bytes(layout) for layout in layouts) + largest
-    assert 4e9 < packed and peak <= 1.1 * packed
+    assert packed > 4e9 and peak <= 1.1 * packed
 
 
 def test_importing_the_backends_imports_no_kernel():

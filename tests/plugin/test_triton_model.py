@@ -58,6 +58,7 @@ def counted(monkeypatch) -> list[str]:
 
 
 @runs
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_gives_the_logits_of_the_reference(monkeypatch, counted):
     model = families.make_model("llama-tied-172")
@@ -77,7 +78,7 @@ def test_a_model_gives_the_logits_of_the_reference(monkeypatch, counted):
 
 @runs
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mixtral", "gpt-oss"])
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "gpt-oss"])
 def test_few_tokens_of_experts_are_one_launch_a_stack(name, monkeypatch, counted):
     model = quantize(families.make_model(name), LowBitConfig(method="rtn", bits=8)).eval()
     experts = next(module for module in model.modules() if isinstance(module, LowBitExperts))
