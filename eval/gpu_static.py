@@ -47,18 +47,20 @@ def layout(bits: int) -> Layout:
     return Layout(SHAPE, (Stage(Levels("fitted", bits), 64),))
 
 
-def arguments(kernel: Any, stage: StagePlan, config: Config) -> tuple[dict[str, str], dict[str, Any]]:
-    """Types and constants of a launch, as ``triton_launch`` makes it."""
-    block_u = max(1, config.block_k // stage.unit)
+def arguments(kernel: Any, stage: StagePlan, config: Config, **switches: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants of a launch, as ``triton_launch`` makes it; ``switches`` are EXPERTS, BIAS and PICK."""
     constants = {
         "BITS": stage.bits, "UNIT": stage.unit, "UNIT_WORDS": stage.unit_words, "GROUP": stage.group, "CODED": stage.coded,
-        "OFFSET": stage.offset, "PER_ROW": False, "SUBSET": False, "EXPERTS": False, "BIAS": False,
-        "PERMUTE": stage.bits in PERMUTED, "ASM": True, "KIND": tl.bfloat16, "WIDE": False, "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n, "BLOCK_U": block_u,
-    }  # fmt: skip
+        "OFFSET": stage.offset, "PER_ROW": stage.tables > 1, "SUBSET": stage.subset, "EXPERTS": False, "BIAS": False,
+        "PICK": True, "PERMUTE": stage.bits in PERMUTED, "ASM": True, "KIND": tl.bfloat16, "WIDE": False,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_U": max(1, config.block_k // stage.unit), "BLOCK": 64,
+    } | switches  # fmt: skip
+    group_value = "*u8" if stage.coded else "*fp16"
     pointers = {
-        "x_ptr": "*bf16", "codes_ptr": "*i32", "scale_ptr": "*fp16", "table_ptr": "*fp32", "planes_ptr": "*i32",
-        "out_ptr": "*bf16" if config.split == 1 else "*fp32",
+        "x_ptr": "*bf16", "codes_ptr": "*i32", "scale_ptr": group_value, "offset_ptr": group_value,
+        "scale_super_ptr": "*fp16", "offset_super_ptr": "*fp16", "planes_ptr": "*i32", "table_of_row_ptr": "*i32",
+        "row_ids_ptr": "*i32", "expert_ptr": "*i32", "bias_ptr": "*bf16", "ids_ptr": "*i64", "values_ptr": "*fp16",
+        "columns_ptr": "*u16", "starts_ptr": "*i32", "out_ptr": "*bf16" if config.split == 1 else "*fp32",
     }  # fmt: skip
     types = {}
     for name in kernel.arg_names:
@@ -71,10 +73,10 @@ def arguments(kernel: Any, stage: StagePlan, config: Config) -> tuple[dict[str, 
     return types, {name: value for name, value in constants.items() if name in kernel.arg_names}
 
 
-def compiled(kernel: Any, stage: StagePlan, config: Config, capability: int) -> Any:
+def compiled(kernel: Any, stage: StagePlan, config: Config, capability: int, **switches: bool) -> Any:
     """The kernel for a capability; strides, sizes and pointers are multiples of 16, as they are at launch."""
-    types, constants = arguments(kernel, stage, config)
-    free = {"batch", "factor", "supers", "per_super"}
+    types, constants = arguments(kernel, stage, config, **switches)
+    free = {"batch", "factor", "supers", "per_super", "first", "count"}
     aligned = {
         (number,): [["tt.divisibility", 16]]
         for number, name in enumerate(kernel.arg_names)

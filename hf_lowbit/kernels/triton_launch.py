@@ -1,8 +1,8 @@
 """Launches of the Triton kernels: one for a plain matrix, a few for one with residual stages, outliers or a low-rank term.
 
 A plain matrix, bias included, is one launch. Every further term (stage, split, outliers, low rank) writes float32 sums of
-its own and one last launch adds them in order. A permutation gathers the inputs first. Nothing waits for the device, and sizes
-follow from shapes alone, so that calls can be captured in CUDA graphs.
+its own and one last launch adds them in order. A permutation gathers the inputs first. Nothing waits for the device, and
+sizes follow from shapes alone, so that calls can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
