@@ -74,6 +74,7 @@ def error(tensor: LowBitTensor, x: Tensor, y: Tensor) -> float:
 def captured(job: Callable[[], Any]) -> Callable[[], Any]:
     """The job as a CUDA graph, after two runs that compile what it needs."""
     stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         for _ in range(2):
             job()
@@ -204,24 +205,32 @@ def print_row(row: dict[str, Any]) -> None:
 def model_rows(device: torch.device, seconds: float, layers: int) -> list[dict[str, Any]]:
     """Tokens per second of all matrices of a model, each its own, in one graph: what attention and norms come on top of."""
     rows = []
-    backend = triton_backend.Triton()
     for name, (shapes, depth, head) in MODELS.items():
         depth = min(depth, layers)
         every = [shape[:2] for shape in shapes for _ in range(shape[2])] * depth + [head]
-        inputs = {n: torch.randn(1, n, dtype=torch.bfloat16, device=device) for n in {shape[1] for shape in every}}
-        jobs: list[Callable[[], Any]] = []
-        for shape in every:
-            prepared = backend.prepare(record(shape, 4, device))
-            jobs.append(lambda one=prepared, x=inputs[shape[1]]: backend.linear(x, one))
-        took = in_turn(jobs, seconds) * len(every)
-        del jobs, prepared
-        weights = [torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in every]
-        plain = [lambda w=w, x=inputs[w.shape[1]]: torch.nn.functional.linear(x, w) for w in weights]
-        bf16 = in_turn(plain, seconds) * len(every)
-        del plain, weights
-        rows.append({"model": name, "layers": depth, "tokens_per_s": 1 / took, "times_bf16": bf16 / took})
-        print_row(rows[-1])
+        row: dict[str, Any] = {"model": name, "layers": depth}
+        try:
+            took, bf16 = model_seconds(every, device, seconds)
+            row |= {"tokens_per_s": 1 / took, "times_bf16": bf16 / took}
+        except torch.cuda.OutOfMemoryError:
+            row["not measured"] = "out of memory; --layers takes fewer"
+        rows.append(row)
+        print_row(row)
     return rows
+
+
+def model_seconds(every: list[tuple[int, int]], device: torch.device, seconds: float) -> tuple[float, float]:
+    """Seconds of one row of activations through matrices of these shapes: ours at 4 bits, and dense in bfloat16."""
+    inputs = {n: torch.randn(1, n, dtype=torch.bfloat16, device=device) for _, n in every}
+    backend, jobs = triton_backend.Triton(), []
+    for shape in every:
+        prepared = backend.prepare(record(shape, 4, device))
+        jobs.append(lambda one=prepared, x=inputs[shape[1]]: backend.linear(x, one))
+    took = in_turn(jobs, seconds) * len(every)
+    del jobs, prepared
+    weights = [torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in every]
+    plain = [lambda w=w, x=inputs[w.shape[1]]: torch.nn.functional.linear(x, w) for w in weights]
+    return took, in_turn(plain, seconds) * len(every)
 
 
 def tune(device: torch.device, seconds: float) -> None:
