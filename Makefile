@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test test-all lint figures sanitize neon arm-tools clean
+.PHONY: demo test test-all test-gpu lint figures sanitize neon arm-tools clean
 
 demo: $(VENV)/.runtime
 	$(BIN)/hf-lowbit demo
@@ -17,6 +17,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST)
+
+# The Triton kernels on a GPU instead of in Triton's interpreter. It needs a .venv with a CUDA build of torch.
+test-gpu: $(VENV)/.dev
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_triton.py tests/plugin/test_triton_model.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

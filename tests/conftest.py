@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from types import ModuleType
 
 import pytest
 from hypothesis import settings
+
+# Triton chooses compiler or interpreter when it is imported, by whichever test; `make test-gpu` asks for the compiler.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A failing example must fail again on the next run, and a slow machine is no failure.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)

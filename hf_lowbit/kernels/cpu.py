@@ -108,6 +108,7 @@ class Cpu(Backend):
     """Compiled kernels for AVX-512, AVX2 and plain C++: levels looked up in registers, int8 or exact arithmetic."""
 
     name = "cpu"
+    devices = ("cpu",)
 
     def supports(self, layout: Layout, device: torch.device) -> Verdict:
         """2-D tensors on the CPU whose groups are whole quads of columns, where the kernels were compiled."""

@@ -68,7 +68,7 @@ def repack(tensor: LowBitTensor) -> Tensor:
     source.outliers, source.rank, source.shift = layout.outliers, layout.rank, layout.shift
     for name in ("permutation", "outlier_values", "outlier_columns", "outlier_starts", "low_rank_a", "low_rank_b"):
         setattr(source, name, pointer(tensor.tensors.get(name)))
-    _check_indices(tensor)
+    check_indices(tensor)
     size = library.lowbit_prepared_bytes(source)
     if size == 0:
         raise BadRequest(f"the CPU kernels do not support this layout: {unsupported(layout) or layout}.")
@@ -84,23 +84,24 @@ def _describe_stage(out: cpu_library.StageSource, tensor: LowBitTensor, number: 
         setattr(out, name, pointer(fields.get(name)))
     out.levels = pointer(tensor.table(number).to(torch.float32))
     if stage.tables > 1:
-        out.table_of_row = pointer(_table_of_row(tensor, stage, fields))
+        out.table_of_row = pointer(table_of_row(tensor, stage, fields))
     out.rows, out.bits, out.group_size = rows, stage.bits, min(stage.group_size, tensor.layout.in_features)
     out.scale_bits, out.tables, out.per_super = stage.scale_bits, stage.tables, groups_per_super(stage.group_size)
 
 
-def _table_of_row(tensor: LowBitTensor, stage: Stage, fields: Mapping[str, Tensor]) -> Tensor:
-    """int32 ``[rows of the stage]``."""
+def table_of_row(tensor: LowBitTensor, stage: Stage, fields: Mapping[str, Tensor]) -> Tensor:
+    """Number of the level table of each row of a stage, int32 ``[rows of the stage]``."""
     if stage.table_ids:
         ids = fields["table_ids"].to(torch.int32)
         if int(ids.max()) >= stage.tables:
             raise FormatError(f"a row asks for level table {int(ids.max())}, the tensor has {stage.tables}.")
         return ids
-    rows = fields["row_ids"] if stage.rows is not None else torch.arange(tensor.layout.rows, dtype=torch.int32)
+    every = torch.arange(tensor.layout.rows, dtype=torch.int32, device=tensor.device)
+    rows = fields["row_ids"] if stage.rows is not None else every
     return (rows // (tensor.layout.rows // stage.tables)).to(torch.int32)
 
 
-def _check_indices(tensor: LowBitTensor) -> None:
+def check_indices(tensor: LowBitTensor) -> None:
     """Stored indices are followed by the kernels without a check each; a damaged one is refused here.
 
     Raises:

@@ -29,6 +29,8 @@ class Backend(ABC):
     """
 
     name: str
+    # Types of device it is written for; on any other it is no candidate, rather than one that refuses. None: all.
+    devices: tuple[str, ...] | None = None
 
     @abstractmethod
     def supports(self, layout: Layout, device: torch.device) -> Verdict:
@@ -78,7 +80,7 @@ def backends() -> list[Backend]:
 
 
 def select(layout: Layout, device: torch.device, only: str | None = None, strict: bool = False) -> Choice:
-    """The first backend of the table that supports the tensor.
+    """The first backend of the table, of those for the device, that supports the tensor.
 
     Args:
         only: name of the one backend wanted.
@@ -86,9 +88,9 @@ def select(layout: Layout, device: torch.device, only: str | None = None, strict
 
     Raises:
         BadRequest: ``only`` names no backend, or one that refuses this tensor.
-        FallbackError: ``strict`` and the first backend of the table refuses.
+        FallbackError: ``strict`` and the first backend for the device refuses.
     """
-    table = [backend for backend in _TABLE if only in (None, backend.name)]
+    table = [b for b in _TABLE if only == b.name or (only is None and (b.devices is None or device.type in b.devices))]
     if not table:
         raise BadRequest(unknown_name("backend", only, [backend.name for backend in _TABLE]))
     refused: list[tuple[str, str]] = []

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from hf_lowbit.format.serialize import FORMAT_VERSION
-from hf_lowbit.kernels import backends, cpu_library
+from hf_lowbit.kernels import backends, cpu_library, triton_backend
 from hf_lowbit.plugin.config import QUANT_METHOD
 from hf_lowbit.solvers import SOLVERS, Solver
 from hf_lowbit.transforms import TRANSFORMS, Transform
@@ -37,6 +37,7 @@ def examine() -> dict[str, dict[str, Any]]:
             "instruction set": cpu_library.instruction_set() or "none",
             "instruction sets here": ", ".join(cpu_library.instruction_sets()) or "none",
         },
+        "gpu kernels": {"triton": triton_backend.trouble(torch.device("cuda")) or "ready"},
         "registration": {
             "transformers": "registered" if QUANT_METHOD in AUTO_QUANTIZER_MAPPING else "NOT registered",
             "found without import": f"off: TORCH_DEVICE_BACKEND_AUTOLOAD={switch}"

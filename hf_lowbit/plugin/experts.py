@@ -2,7 +2,8 @@
 
 The host keeps all experts of a layer in parameters ``[experts, out, in]`` (or transposed). The module keeps its class,
 attributes, activation and biases; only the stacks become low-bit and the forward decodes one expert at a time, so the
-transient memory is one expert instead of the layer.
+transient memory is one expert instead of the layer. On a GPU a few tokens take one launch per stack instead, which reads
+each chosen expert as it is stored and never waits for the routing.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_lowbit.kernels.triton_backend import Triton
 from hf_lowbit.plugin.modules import LowBitModule
 
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
+# Choices of experts, tokens times k, up to which each is a row of its own; beyond, experts are read once for many tokens.
+MOST_CHOICES = 64
 _CLASSES: dict[type, type] = {}
 
 
@@ -27,6 +31,7 @@ class LowBitExperts(LowBitModule):
     act_fn: Any
     post_expert_norm: Any
     _apply_gate: Any
+    num_experts: int
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Route tokens ``[tokens, hidden]`` to their experts and sum the weighted outputs.
@@ -37,6 +42,8 @@ class LowBitExperts(LowBitModule):
         """
         shape = hidden_states.shape
         hidden = hidden_states.reshape(-1, shape[-1])
+        if self._grouped(top_k_index):
+            return self._few_tokens(hidden, top_k_index, top_k_weights).to(hidden_states.dtype).view(shape)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         for expert in torch.unique(top_k_index).tolist():
             if expert >= self.num_experts:
@@ -47,11 +54,42 @@ class LowBitExperts(LowBitModule):
         return out.to(hidden_states.dtype).view(shape)
 
     def _one_expert(self, x: Tensor, expert: int) -> Tensor:
-        first = "gate_up_proj" if self.has_gate else "up_proj"
-        inner = self._stack_linear(x, first, expert)
+        inner = self._stack_linear(x, self._first, expert)
         inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
         y = self._stack_linear(inner, "down_proj", expert)
         return self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+
+    def _grouped(self, index: Tensor) -> bool:
+        """Whether each choice of a token can be a row of one launch: few of them, no gradient, plain stacks on a GPU."""
+        if index.numel() > MOST_CHOICES or torch.is_grad_enabled() or self.__dict__.get("_watched"):
+            return False
+        parameters = (self._first, "down_proj")
+        if any(parameter not in self.layouts for parameter in parameters):  # while a block is being solved
+            return False
+        chosen = [self.prepared(parameter) for parameter in parameters]
+        return all(isinstance(backend, Triton) and backend.groups(prepared) for backend, prepared in chosen)
+
+    def _few_tokens(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same as the loop, float32 ``[tokens, hidden]``, without looking at the routing on the host."""
+        chosen = index.reshape(-1)
+        experts = chosen.clamp(max=self.num_experts - 1).to(torch.int32)
+        x = hidden.repeat_interleave(index.shape[1], 0)
+        inner = self._rows_by_expert(x, self._first, experts)
+        inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+        y = self._rows_by_expert(inner, "down_proj", experts)
+        y = self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+        y = (y * weights.reshape(-1, 1)).to(torch.float32) * (chosen < self.num_experts)[:, None]
+        return y.view(*index.shape, -1).sum(1)
+
+    def _rows_by_expert(self, x: Tensor, parameter: str, experts: Tensor) -> Tensor:
+        backend, prepared = self.prepared(parameter)
+        y = backend.grouped(x.contiguous(), experts, prepared)
+        bias = getattr(self, f"{parameter}_bias", None) if self.has_bias else None
+        return y if bias is None else y + bias[experts].to(y.dtype)
+
+    @property
+    def _first(self) -> str:
+        return "gate_up_proj" if self.has_gate else "up_proj"
 
     def watch(self, parameter: str, sink: Callable[[int, Tensor], None]) -> RemovableHandle:
         """Tell ``sink`` the number of an expert and its inputs ``[tokens, in]`` at every use of a stack."""

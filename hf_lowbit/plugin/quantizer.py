@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,7 @@ from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.serialize import Record, checksum, field_name, read_record
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.kernels import cpu_library
+from hf_lowbit.kernels.triton_backend import Triton
 from hf_lowbit.pipeline.run import MemoryStore
 from hf_lowbit.plugin.auto import resolve
 from hf_lowbit.plugin.compress import (
@@ -205,6 +207,23 @@ def prepare(model: PreTrainedModel) -> None:
                 module.prepared(parameter)
     if cpu_library.trouble() and next(model.parameters()).device.type == "cpu":
         _warn_once(f"hf-lowbit runs on its slow reference path: {cpu_library.trouble()}")
+    if (message := decoded_on_gpu(model)) is not None:
+        _warn_once(message)
+
+
+def decoded_on_gpu(model: PreTrainedModel) -> str | None:
+    """How many matrices on a GPU are decoded for every product because the kernels refused, and why; None if none."""
+    reasons: Counter[str] = Counter()
+    total = 0
+    for _, module in low_bit_modules(model):
+        for parameter in module.layouts:
+            total += 1
+            reason = dict(module.choice(parameter).refused).get(Triton.name)
+            reasons.update([reason] if reason is not None else [])
+    if not reasons:
+        return None
+    found = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common())
+    return f"hf-lowbit: {reasons.total()} of {total} matrices run on the slow reference path of the GPU ({found})"
 
 
 @lru_cache

@@ -1,0 +1,308 @@
+"""The Triton kernels on this GPU: built, checked and timed, in one table.
+
+    python eval/gpu.py [--tune] [--seconds 0.2] [--layers 32]
+
+Prints for widths of 2, 3, 4 and 8 bits (groups of 64, 16-bit scales) and batches of 1, 16 and 512 on a 4096x14336 matrix:
+time, GB/s of stored bytes and their share of a copy measured in between, speed against ``F.linear`` in bfloat16 and against
+what else is installed (bitsandbytes NF4, torchao int4, gemlite); then tokens per second of the matrices of a 1 B and an 8 B
+Llama, one after another in one CUDA graph. Times are medians; copies of a matrix take turns, so that no cache holds them.
+Every product is first held to the float64 product of the decoded matrix: at most 1e-2 of the largest output. ``--tune``
+tries other block sizes and writes the best into ``hf_lowbit/kernels/triton_configs.json``. Writes ``eval/results/gpu.json``.
+Exit code 2 where there is no CUDA device, 1 where a product is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from results_file import write
+from torch import Tensor
+
+from hf_lowbit.format import Layout, Levels, LowBitTensor, Stage
+from hf_lowbit.format.ledger import ledger
+from hf_lowbit.kernels import triton_backend, triton_configs
+from hf_lowbit.kernels.triton_plan import plan
+
+SHAPE = (4096, 14336)
+WIDTHS, BATCHES = (4, 3, 2, 8), (1, 16, 512)
+ALLOWED_ERROR = 1e-2
+# More bytes of turns than a last-level cache holds, and a copy far beyond it.
+TURNS_BYTES, COPY_BYTES = 256 << 20, 1 << 30
+# Matrices of a layer (times), layers, and the head, of Llamas.
+MODELS = {
+    "1 B": ([(2048, 2048, 2), (512, 2048, 2), (8192, 2048, 2), (2048, 8192, 1)], 16, (128256, 2048)),
+    "8 B": ([(4096, 4096, 2), (1024, 4096, 2), (14336, 4096, 2), (4096, 14336, 1)], 32, (128256, 4096)),
+}
+BLOCKS_N, BLOCKS_K, WARPS = (4, 8, 16, 32, 64, 128), (512, 1024, 2048), (1, 2, 4, 8)
+GEMM_BLOCKS_K, STAGES, SPLITS = (64, 128, 256), (1, 2, 3, 4), (1, 2, 4, 8)
+
+
+def record(shape: tuple[int, int], bits: int, device: torch.device) -> LowBitTensor:
+    """A matrix of random codes under a fitted table."""
+    layout = Layout(shape, (Stage(Levels("fitted", bits), 64),))
+    tensors = {}
+    for name, (dtype, size) in layout.fields.items():
+        if dtype == torch.int16:
+            tensors[name] = (torch.randn(size, device=device) * 0.05).half().view(torch.int16)
+        else:
+            tensors[name] = torch.randint(0, 256, size, device=device, dtype=torch.uint8)
+    return LowBitTensor(layout, tensors)
+
+
+def error(tensor: LowBitTensor, x: Tensor, y: Tensor) -> float:
+    """Largest difference from the float64 product of the decoded matrix, as a share of its largest output."""
+    worst, largest = 0.0, 0.0
+    step = max(1, (1 << 24) // tensor.layout.in_features)
+    for first in range(0, tensor.layout.rows, step):
+        ids = torch.arange(first, min(first + step, tensor.layout.rows), device=x.device)
+        expected = x.double() @ tensor.rows(ids).dequantize().double().T
+        worst = max(worst, float((y[:, ids].double() - expected).abs().max()))
+        largest = max(largest, float(expected.abs().max()))
+    return worst / largest
+
+
+def captured(job: Callable[[], Any]) -> Callable[[], Any]:
+    """The job as a CUDA graph, after two runs that compile what it needs."""
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            job()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        job()
+    return graph.replay
+
+
+def median_seconds(job: Callable[[], Any], seconds: float) -> float:
+    """Median time of the job by the device's clock."""
+    job()
+    torch.cuda.synchronize()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begun.record()
+        job()
+        done.record()
+        done.synchronize()
+        times.append(begun.elapsed_time(done) / 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth(device: torch.device, seconds: float) -> float:
+    """Bytes read per second while copying, reads and writes counted: what a kernel that only reads is held to."""
+    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / median_seconds(lambda: target.copy_(source), seconds)
+
+
+def ours(shape: tuple[int, int], bits: int, batch: int, x: Tensor) -> tuple[list[Callable[[], Tensor]], float]:
+    """Products by copies of a matrix that take turns, and the error of the first."""
+    backend, device = triton_backend.Triton(), x.device
+    count = max(2, TURNS_BYTES // ledger(record(shape, bits, torch.device("meta")).layout).bytes)
+    tensors = [record(shape, bits, device) for _ in range(count)]
+    prepared = [backend.prepare(tensor) for tensor in tensors]
+    wrong = error(tensors[0], x, backend.linear(x, prepared[0]))
+    return [lambda one=one: backend.linear(x, one) for one in prepared], wrong
+
+
+def dense(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
+    """``F.linear`` in the dtype of ``x`` by matrices that take turns."""
+    count = max(2, TURNS_BYTES // (2 * shape[0] * shape[1]))
+    weights = [torch.randn(shape, dtype=x.dtype, device=x.device) for _ in range(count)]
+    return [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in weights]
+
+
+def bitsandbytes_nf4(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
+    """4-bit NF4 layers of bitsandbytes."""
+    bnb = importlib.import_module("bitsandbytes")
+    layers = []
+    for _ in range(max(2, 2 * TURNS_BYTES // (shape[0] * shape[1]))):
+        layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
+        layers.append(layer.to(x.device))
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
+def torchao_int4(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
+    """Int4 weights of torchao in groups of 64."""
+    quantization = importlib.import_module("torchao.quantization")
+    layers = []
+    for _ in range(max(2, 2 * TURNS_BYTES // (shape[0] * shape[1]))):
+        layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=x.dtype, device=x.device)
+        quantization.quantize_(layer, quantization.Int4WeightOnlyConfig(group_size=64))
+        layers.append(layer)
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
+def gemlite_int4(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
+    """Int4 layers of gemlite in groups of 64."""
+    helper = importlib.import_module("gemlite.helper")
+    hqq = importlib.import_module("hqq.core.quantize")
+    layers = []
+    for _ in range(max(2, 2 * TURNS_BYTES // (shape[0] * shape[1]))):
+        layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=x.dtype, device=x.device)
+        config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+        layers.append(helper.A16Wn(device=str(x.device)).from_hqqlinear(hqq.HQQLinear(layer, config, compute_dtype=x.dtype)))
+    return [lambda layer=layer: layer(x) for layer in layers]
+
+
+PEERS = {"bitsandbytes NF4": bitsandbytes_nf4, "torchao int4": torchao_int4, "gemlite int4": gemlite_int4}
+
+
+def in_turn(jobs: list[Callable[[], Any]], seconds: float, graph: bool = True) -> float:
+    """Median seconds of one of the jobs, run one after another in one CUDA graph."""
+    everything = lambda: [job() for job in jobs]  # noqa: E731
+    return median_seconds(captured(everything) if graph else everything, seconds) / len(jobs)
+
+
+def peers(shape: tuple[int, int], x: Tensor, seconds: float) -> dict[str, Any]:
+    """Seconds of every peer that is installed, and why the others are not there."""
+    found: dict[str, Any] = {}
+    for name, make in PEERS.items():
+        try:
+            found[name] = in_turn(make(shape, x), seconds)
+        except Exception as reason:  # whatever a peer of some version does: the table says so and goes on
+            found[name] = f"not measured: {type(reason).__name__}: {str(reason)[:100]}"
+    return found
+
+
+def kernel_rows(device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """One row for each width and batch."""
+    rows = []
+    for batch in BATCHES:
+        x = torch.randn(batch, SHAPE[1], dtype=torch.bfloat16, device=device)
+        bf16, others = in_turn(dense(SHAPE, x), seconds), peers(SHAPE, x, seconds)
+        for bits in WIDTHS:
+            jobs, wrong = ours(SHAPE, bits, batch, x)
+            took, copied = in_turn(jobs, seconds), copy_bandwidth(device, seconds)
+            stored = ledger(record(SHAPE, bits, torch.device("meta")).layout).bytes
+            row = {
+                "bits": bits, "batch": batch, "us": took * 1e6, "error": wrong, "gb_s": stored / took / 1e9,
+                "share_of_copy": stored / took / copied, "times_bf16": bf16 / took,
+            }  # fmt: skip
+            row |= {f"times {name}": value / took if isinstance(value, float) else value for name, value in others.items()}
+            rows.append(row)
+            print_row(row)
+    return rows
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+
+
+def model_rows(device: torch.device, seconds: float, layers: int) -> list[dict[str, Any]]:
+    """Tokens per second of all matrices of a model, each its own, in one graph: what attention and norms come on top of."""
+    rows = []
+    for name, (shapes, depth, head) in MODELS.items():
+        depth = min(depth, layers)
+        every = [shape[:2] for shape in shapes for _ in range(shape[2])] * depth + [head]
+        row: dict[str, Any] = {"model": name, "layers": depth}
+        try:
+            took, bf16 = model_seconds(every, device, seconds)
+            row |= {"tokens_per_s": 1 / took, "times_bf16": bf16 / took}
+        except torch.cuda.OutOfMemoryError:
+            row["not measured"] = "out of memory; --layers takes fewer"
+        rows.append(row)
+        print_row(row)
+    return rows
+
+
+def model_seconds(every: list[tuple[int, int]], device: torch.device, seconds: float) -> tuple[float, float]:
+    """Seconds of one row of activations through matrices of these shapes: ours at 4 bits, and dense in bfloat16."""
+    inputs = {n: torch.randn(1, n, dtype=torch.bfloat16, device=device) for _, n in every}
+    backend, jobs = triton_backend.Triton(), []
+    for shape in every:
+        prepared = backend.prepare(record(shape, 4, device))
+        jobs.append(lambda one=prepared, x=inputs[shape[1]]: backend.linear(x, one))
+    took = in_turn(jobs, seconds) * len(every)
+    del jobs, prepared
+    weights = [torch.randn(shape, dtype=torch.bfloat16, device=device) for shape in every]
+    plain = [lambda w=w, x=inputs[w.shape[1]]: torch.nn.functional.linear(x, w) for w in weights]
+    return took, in_turn(plain, seconds) * len(every)
+
+
+def tune(device: torch.device, seconds: float) -> None:
+    """Try block sizes on the shapes of the models and keep the best of each."""
+    name = torch.cuda.get_device_name(device)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    path = Path(triton_configs.__file__).with_name(triton_configs.FILE)
+    table = json.loads(path.read_text(encoding="utf-8"))
+    shapes = sorted({shape[:2] for shapes, _, _ in MODELS.values() for shape in shapes})
+    from hf_lowbit.kernels import triton_launch
+
+    for shape, bits, batch in itertools.product(shapes, WIDTHS, (1, 16)):
+        kind = "gemv" if batch == 1 else "gemm"
+        stage = plan(record(shape, bits, torch.device("meta")).layout.dumps()).stages[0]
+        x = torch.randn(batch, shape[1], dtype=torch.bfloat16, device=device)
+        best, least = None, float("inf")
+        rule = triton_configs.choose(stage, shape[1], batch, "", multiprocessors)
+        for config in [rule, *candidates(kind)]:
+            triton_launch.choose = lambda *args, config=config: config
+            try:
+                took = in_turn(ours(shape, bits, batch, x)[0], seconds)
+            except Exception as reason:  # too much shared memory, mostly
+                print(f"{kind} {shape} {bits} {config}: {type(reason).__name__}")
+                continue
+            best, least = (config, took) if took < least else (best, least)
+        triton_launch.choose = triton_configs.choose
+        table.setdefault(name, {})[triton_configs.key(kind, *shape, bits, batch)] = list(best or rule)
+        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {kind} {shape} {bits} bits, batch {batch}: {best}, {least * 1e6:.1f} us")
+
+
+def candidates(kind: str) -> list[triton_configs.Config]:
+    """Block sizes worth a try."""
+    if kind == "gemv":
+        cut = [(n, k, w) for n, k, w in itertools.product(BLOCKS_N, BLOCKS_K, WARPS) if n <= 32 and 1 <= n // w <= 8]
+        return [triton_configs.Config(1, n, k, w, 1, 1) for n, k, w in cut]
+    cut = [(n, k, w) for n, k, w in itertools.product((32, 64, 128), GEMM_BLOCKS_K, (2, 4, 8))]
+    return [triton_configs.Config(16, *one, stages, split) for one in cut for stages in STAGES[1:3] for split in SPLITS[::2]]
+
+
+def main() -> int:
+    """Check, time, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tune", action="store_true", help="try block sizes first and keep the best (takes longer)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="per measurement")
+    parser.add_argument("--layers", type=int, default=32, help="of the models, at most")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    reason = triton_backend.trouble(device)
+    if reason is not None:
+        print(
+            f"eval/gpu.py needs a GPU that runs the Triton kernels: {reason}. eval/gpu_static.py needs none.",
+            file=sys.stderr,
+        )
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    if args.tune:
+        tune(device, args.seconds / 4)
+        triton_configs._measured.cache_clear()
+    print(torch.cuda.get_device_name(device), f"copy {copy_bandwidth(device, args.seconds) / 1e9:.0f} GB/s")
+    result = {
+        "device": torch.cuda.get_device_name(device),
+        "copy_gb_s": copy_bandwidth(device, args.seconds) / 1e9,
+        "kernels": kernel_rows(device, args.seconds),
+        "models": model_rows(device, args.seconds, args.layers),
+    }
+    print("written to", write("gpu", result))
+    wrong = [row for row in result["kernels"] if not row["error"] <= ALLOWED_ERROR]
+    for row in wrong:
+        print(f"WRONG: {row['bits']} bits, batch {row['batch']}: error {row['error']:.3g}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

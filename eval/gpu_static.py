@@ -1,0 +1,160 @@
+"""What the compiler makes of the Triton kernels, without a GPU: instructions a weight, registers, bytes a weight.
+
+    python eval/gpu_static.py [--capability 80 90]
+
+Compiles each kernel as it is launched on a 4096x14336 matrix (groups of 64, 16-bit scales, bfloat16 activations),
+disassembles it with Triton's own tools and counts the instructions of its longest loop per weight that the loop decodes.
+Issue slots bound a kernel from above: a multiprocessor issues 128 lane-instructions a clock. ``ceiling GB/s`` is what that
+allows at the clocks and multiprocessors of the named card, the ceiling of the arithmetic, not a measured speed. Writes
+``eval/results/gpu_static.json``. Run it without ``TRITON_INTERPRET``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from results_file import write
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_lowbit.format import Layout, Levels, Stage
+from hf_lowbit.format.ledger import ledger
+from hf_lowbit.kernels.triton_configs import Config, choose
+from hf_lowbit.kernels.triton_gemm import gemm_kernel
+from hf_lowbit.kernels.triton_gemv import gemv_kernel
+from hf_lowbit.kernels.triton_plan import PERMUTED, StagePlan, plan
+
+SHAPE = (4096, 14336)
+ISSUED = 128
+# Name, multiprocessors and boost clock in GHz from the vendor's data sheets, nominal memory GB/s.
+CARDS = {80: ("A100 80GB SXM", 108, 1.41, 2039), 90: ("H100 SXM", 132, 1.98, 3350)}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+WIDTHS = (2, 3, 4, 6, 8)
+BATCHES = (1, 16, 512)
+
+
+def layout(bits: int) -> Layout:
+    """The matrix that is compiled for."""
+    return Layout(SHAPE, (Stage(Levels("fitted", bits), 64),))
+
+
+def arguments(kernel: Any, stage: StagePlan, config: Config, **switches: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants of a launch, as ``triton_launch`` makes it; ``switches`` are EXPERTS, BIAS and PICK."""
+    constants = {
+        "BITS": stage.bits, "UNIT": stage.unit, "UNIT_WORDS": stage.unit_words, "GROUP": stage.group, "CODED": stage.coded,
+        "OFFSET": stage.offset, "PER_ROW": stage.tables > 1, "SUBSET": stage.subset, "EXPERTS": False, "BIAS": False,
+        "PICK": True, "PERMUTE": stage.bits in PERMUTED, "ASM": True, "KIND": tl.bfloat16, "WIDE": False,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_U": max(1, config.block_k // stage.unit), "BLOCK": 64,
+    } | switches  # fmt: skip
+    group_value = "*u8" if stage.coded else "*fp16"
+    pointers = {
+        "x_ptr": "*bf16", "codes_ptr": "*i32", "scale_ptr": group_value, "offset_ptr": group_value,
+        "scale_super_ptr": "*fp16", "offset_super_ptr": "*fp16", "planes_ptr": "*i32", "table_of_row_ptr": "*i32",
+        "row_ids_ptr": "*i32", "expert_ptr": "*i32", "bias_ptr": "*bf16", "ids_ptr": "*i64", "values_ptr": "*fp16",
+        "columns_ptr": "*u16", "starts_ptr": "*i32", "out_ptr": "*bf16" if config.split == 1 else "*fp32",
+    }  # fmt: skip
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            types[name] = pointers.get(name, "*fp32")
+        else:
+            types[name] = "fp32" if name == "factor" else "i32"
+    return types, {name: value for name, value in constants.items() if name in kernel.arg_names}
+
+
+def compiled(kernel: Any, stage: StagePlan, config: Config, capability: int, **switches: bool) -> Any:
+    """The kernel for a capability; strides, sizes and pointers are multiples of 16, as they are at launch."""
+    types, constants = arguments(kernel, stage, config, **switches)
+    free = {"batch", "factor", "supers", "per_super", "first", "count"}
+    aligned = {
+        (number,): [["tt.divisibility", 16]]
+        for number, name in enumerate(kernel.arg_names)
+        if types[name] != "constexpr" and name not in free
+    }
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def examine(kernel: Any, stage: StagePlan, config: Config, capability: int) -> dict[str, Any]:
+    """Instructions of the longest loop per weight, by kind, registers and spills."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(compiled(kernel, stage, config, capability).asm["cubin"])
+        code = subprocess.run([TOOLS / "nvdisasm", "-c", file], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file], capture_output=True, text=True, check=True).stdout
+    loop = longest_loop(code)
+    weights = config.block_n * max(1, config.block_k // stage.unit) * stage.unit / (32 * config.warps)
+    kinds = Counter(line.split()[0].partition(".")[0] for line in loop)
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    return {
+        "instructions_a_weight": round(len(loop) / weights, 2),
+        "by_kind": {kind: round(count / weights, 2) for kind, count in kinds.most_common(8)},
+        "registers": found.get("REG"),
+        "spilled_bytes": found.get("STACK", 0) + found.get("LOCAL", 0),
+    }
+
+
+def longest_loop(code: str) -> list[str]:
+    """Instructions, predicates removed, of the longest piece of code that branches back to its beginning."""
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    best: list[str] = []
+    for line in code.splitlines():
+        if (label := re.match(r"\s*(\.L_x_\d+):", line)) is not None:
+            labels[label[1]] = len(lines)
+        elif (instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\S+\s+)?([A-Z][^;]*?)\s*;", line)) is not None:
+            lines.append(instruction[1])
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if target and target[1] in labels and len(lines) - labels[target[1]] > len(best):
+                best = lines[labels[target[1]] :]
+    return best
+
+
+def main() -> None:
+    """Compile, print a table, write it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--capability", type=int, nargs="+", default=sorted(CARDS))
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+    results = {}
+    print(
+        "card            bits batch  bytes/weight  instructions/weight  registers  spilled  ceiling GB/s (share of nominal)"
+    )
+    for capability in args.capability:
+        card, multiprocessors, clock, nominal = CARDS[capability]
+        for bits in WIDTHS:
+            stage = plan(layout(bits).dumps()).stages[0]
+            stored = ledger(layout(bits)).bytes / (SHAPE[0] * SHAPE[1])
+            for batch in BATCHES:
+                kernel = gemv_kernel if batch == 1 else gemm_kernel
+                config = choose(stage, SHAPE[1], batch, card, multiprocessors)
+                row = examine(kernel, stage, config, capability)
+                row |= {"bytes_a_weight": round(stored, 5), "config": config._asdict()}
+                ceiling = ISSUED / row["instructions_a_weight"] * multiprocessors * clock * stored
+                if batch <= 16:
+                    row["ceiling_gb_s"] = round(ceiling)
+                results[f"{card}, {bits} bits, batch {batch}"] = row
+                share = f"{ceiling:8.0f} ({ceiling / nominal:.2f})" if batch <= 16 else ""
+                print(
+                    f"{card:15} {bits:4} {batch:5}  {stored:12.5f}  {row['instructions_a_weight']:19.2f}  "
+                    f"{row['registers']:9}  {row['spilled_bytes']:7}  {share}",
+                    row["by_kind"],
+                )
+    print("written to", write("gpu_static", results))
+
+
+if __name__ == "__main__":
+    main()
