@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_lowbit.transforms.outlier_suppression_plus import search as search_threshold
-from hf_lowbit.transforms.qllm import assemble, merging_cost
+from hf_lowbit.transforms.qllm import assemble, fit, merging_cost
 from hf_lowbit.transforms.registry import Extremes
 from hf_lowbit.transforms.resq import basis
 from hf_lowbit.transforms.rotations import keeping_ones, random_hadamard, random_orthogonal, residual_rotation
@@ -21,7 +21,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @given(st.integers(0, 30), st.integers(1, 2))
 def test_splitting_keeps_the_output_and_bounds_the_largest_value(seed, outliers):
-    x, weight = draw(9, 24, seed=seed), draw(5, 24, seed=seed + 1)
+    x, weight = draw(200, 24, seed=seed), draw(5, 24, seed=seed + 1)
     x[:, :outliers] *= 10
     largest = x.abs().amax(0)
     threshold = float(largest.max()) / 2.5
@@ -37,13 +37,24 @@ def test_splitting_keeps_the_output_and_bounds_the_largest_value(seed, outliers)
     assert found.target.max() == 23
 
 
-def test_the_cost_of_merging_is_what_replacing_by_the_mean_costs():
-    x, weight = draw(40, 6), draw(7, 6, seed=1)
+def test_the_cost_of_merging_is_what_the_best_matrix_for_the_mean_still_loses():
+    x, weight = draw(400, 6), draw(7, 6, seed=1)
+    x[:, 4] = x[:, 1] + 0.5 * x[:, 2] + 0.1 * x[:, 4]
     mean = (x[:, 1] + x[:, 4]) / 2
+    left = torch.cat([x[:, [0, 2, 3, 5]], mean[:, None]], 1)
+    y = x @ weight.T
+    best = torch.linalg.lstsq(left, y).solution
+    expected = (left @ best - y).pow(2).sum()
+    torch.testing.assert_close(merging_cost(x, [weight])[1, 4].float(), expected, rtol=0.1, atol=0)
     changed = x.clone()
     changed[:, 1] = changed[:, 4] = mean
-    expected = ((changed - x) @ weight.T).pow(2).sum()
-    torch.testing.assert_close(merging_cost(x, [weight])[1, 4].float(), expected)
+    assert ((changed - x) @ weight.T).pow(2).sum() > 5 * expected  # what the plain mean loses
+
+
+def test_a_fit_finds_the_matrix_that_made_the_outputs():
+    x, weight = draw(300, 12), draw(5, 12, seed=1)
+    torch.testing.assert_close(fit(x, x @ weight.T, weight + draw(5, 12, seed=2)), weight, rtol=0, atol=0.01)
+    assert torch.equal(fit(0 * x, 0 * x @ weight.T, weight), weight)
 
 
 def test_where_too_many_would_have_to_merge_nothing_is_done():
