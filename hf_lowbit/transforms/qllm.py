@@ -3,9 +3,10 @@
 A channel of largest value m becomes ``ceil(m / t)`` channels of that share of it; as many others are merged by the mean,
 those that cost least. The threshold t of a site is the one that loses least with both sides rounded, on tokens that
 nothing was fitted to. Splitting is exact, merging is not; the matrix of merged channels is fitted to the outputs it had
-(damped least squares on the rounded inputs), since the plain sum of columns loses several times as much. The correction is trained through the rounded sum of matrix and correction, so that what is trained is what runs. Deviations
-from the paper: that fit; the correction is trained matrix by matrix against the original outputs, not on blocks of four
-layers; the cost of merging is the paper's formula, not its code's surrogate.
+(damped least squares on the rounded inputs), since the plain sum of columns loses several times as much. The correction
+is trained through the rounded sum of matrix and correction, so that what is trained is what runs. Deviations from the
+paper: that fit, and a cost of merging that knows of it; the correction is trained matrix by matrix against the original
+outputs, not on blocks of four layers.
 """
 
 from __future__ import annotations

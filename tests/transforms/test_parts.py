@@ -21,14 +21,16 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @given(st.integers(0, 30), st.integers(1, 2))
 def test_splitting_keeps_the_output_and_bounds_the_largest_value(seed, outliers):
-    x, weight = draw(200, 24, seed=seed), draw(5, 24, seed=seed + 1)
+    x, weight = draw(9, 24, seed=seed), draw(5, 24, seed=seed + 1)
     x[:, :outliers] *= 10
     largest = x.abs().amax(0)
     threshold = float(largest.max()) / 2.5
     counts = torch.ceil(largest / threshold).clamp_min(1).long()
     # Twins, so that merging costs nothing either.
     x[:, 12:] = x[:, 11:12]
-    found = assemble(counts, merging_cost(x, [weight]))
+    cost = torch.ones(24, 24)
+    cost[11:, 11:] = 0
+    found = assemble(counts, cost)
     assert found is not None
     given_ = torch.zeros_like(x).index_add(-1, found.target, x[:, found.member] * found.coefficient.float())
     assert int(counts.max()) == 3
