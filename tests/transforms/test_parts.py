@@ -41,13 +41,13 @@ def test_splitting_keeps_the_output_and_bounds_the_largest_value(seed, outliers)
 
 def test_the_cost_of_merging_is_what_the_best_matrix_for_the_mean_still_loses():
     x, weight = draw(400, 6), draw(7, 6, seed=1)
-    x[:, 4] = x[:, 1] + 0.5 * x[:, 2] + 0.1 * x[:, 4]
+    x[:, 4] = x[:, 1] + x[:, 2] + 0.4 * x[:, 4]
     mean = (x[:, 1] + x[:, 4]) / 2
     left = torch.cat([x[:, [0, 2, 3, 5]], mean[:, None]], 1)
     y = x @ weight.T
     best = torch.linalg.lstsq(left, y).solution
     expected = (left @ best - y).pow(2).sum()
-    torch.testing.assert_close(merging_cost(x, [weight])[1, 4].float(), expected, rtol=0.1, atol=0)
+    torch.testing.assert_close(merging_cost(x, [weight])[1, 4].float(), expected, rtol=0.05, atol=0)
     changed = x.clone()
     changed[:, 1] = changed[:, 4] = mean
     assert ((changed - x) @ weight.T).pow(2).sum() > 5 * expected  # what the plain mean loses
