@@ -163,6 +163,14 @@ class RangeBench(ABC):
     def loss(self) -> float:
         """Error that rounding makes at the model's outputs with the ranges in force."""
 
+    @abstractmethod
+    def batches(self) -> int:
+        """Batches of calibration text that ranges can be learned on."""
+
+    @abstractmethod
+    def error(self, ranges: Mapping[str, tuple[Tensor, Tensor]], batch: int) -> Tensor:
+        """The same on one batch with these ranges, and with gradients to them."""
+
 
 Body = Callable[[Any, Mapping[str, Any]], None]
 
