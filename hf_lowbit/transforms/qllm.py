@@ -90,6 +90,9 @@ def search(
         fitted = [fit(x[~judged], y[~judged], found.columns(matrix)) for matrix, y in zip(matrices, expected, strict=True)]
         if (error := loss(x[judged], fitted)) < best:
             best, chosen, kept = error, found, fitted
+    if chosen is not None:  # with the tokens it was judged on as well
+        x = given(bench, site, sample, chosen)
+        kept = [fit(x, y, chosen.columns(matrix)) for matrix, y in zip(matrices, expected, strict=True)]
     return chosen, kept
 
 
