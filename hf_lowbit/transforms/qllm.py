@@ -29,7 +29,7 @@ JUDGED = 4
 DAMPING = 1e-3
 LEARNING_RATE = 5e-4
 # Tokens of a step of the correction, and steps after which it is looked at.
-BATCH, LOOK = 512, 10
+BATCH, LOOK = 256, 20
 
 
 @transform(
