@@ -32,9 +32,9 @@ HEADERS  := $(wildcard $(KERNELS)/*.h)
 OBJECTS  := $(notdir $(patsubst %.cpp,%.o,$(wildcard $(KERNELS)/*.cpp))) sanitize.o
 vpath %.cpp $(KERNELS) tests/kernels
 
-build/sanitize/%.o: %.cpp $(HEADERS) setup.py
+build/sanitize/%.o: %.cpp $(HEADERS) setup.py | $(VENV)/.torch
 	@mkdir -p $(@D)
-	$(CXX) $(SANITIZE) $$($(PYTHON) setup.py --flags $(<F)) -I$(KERNELS) -c $< -o $@
+	flags=$$($(BIN)/python setup.py --flags $(<F)) && $(CXX) $(SANITIZE) $$flags -I$(KERNELS) -c $< -o $@
 
 build/sanitize/kernels: $(addprefix build/sanitize/,$(OBJECTS))
 	$(CXX) $(SANITIZE) $^ -o $@
@@ -48,9 +48,9 @@ ARM_CXX   ?= aarch64-linux-gnu-g++
 ARM_EMU   ?= qemu-aarch64-static
 ARM_FLAGS := -std=c++17 -O3 -ffp-contract=off -Wall -Wextra -pthread -static
 
-build/neon/%.o: %.cpp $(HEADERS) setup.py | arm-tools
+build/neon/%.o: %.cpp $(HEADERS) setup.py | arm-tools $(VENV)/.torch
 	@mkdir -p $(@D)
-	$(ARM_CXX) $(ARM_FLAGS) $$($(PYTHON) setup.py --flags $(<F) aarch64) -I$(KERNELS) -c $< -o $@
+	flags=$$($(BIN)/python setup.py --flags $(<F) aarch64) && $(ARM_CXX) $(ARM_FLAGS) $$flags -I$(KERNELS) -c $< -o $@
 
 build/neon/plain/body_neon.o: body_neon.cpp $(HEADERS) | arm-tools
 	@mkdir -p $(@D)

@@ -3,8 +3,9 @@
     python eval/kernel_bandwidth.py [--threads N] [--isa avx2] [--seconds 2]
 
 For each instruction set, width and batch: time per product of a matrix that is in no cache (several copies take turns),
-GB/s of prepared weight bytes, and their share of a read probe that runs between the products. Prefill of 128 tokens and
-the exact mode are compared with ``torch.nn.functional.linear`` in float32 on the same shape. Times are the least of many.
+GB/s of prepared weight bytes, and their share of a read probe, a sum over memory by torch, that runs between the products.
+``all matrices`` is one token's 112 products of the whole model. Prefill of 128 tokens and the exact mode are compared with
+``torch.nn.functional.linear`` in float32 on the same shape. Times are the least of many.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ from results_file import write
 from hf_lowbit.format import Layout, Levels, LowBitTensor, Stage
 from hf_lowbit.kernels import cpu, cpu_library
 
-SHAPES = ((2048, 2048), (5632, 2048), (2048, 5632))
+SHAPES = ((2048, 2048), (8192, 2048), (2048, 8192))
+# One decoder layer of it: q, k, v, o, gate, up, down.
+LAYER = ((2048, 2048), (512, 2048), (512, 2048), (2048, 2048), (8192, 2048), (8192, 2048), (2048, 8192))
+LAYERS = 16
 WIDTHS = (4, 3, 2)
 # Copies of a matrix that take turns: more bytes than a last-level cache holds.
 TURNS_BYTES = 200_000_000
 PROBE_BYTES = 1 << 28
+# torch's threads look for more work this long after each operation, on the cores that the next job wants.
+REST = 0.008
 
 
 def record(shape: tuple[int, int], bits: int, group: int, scale_bits: int) -> LowBitTensor:
@@ -44,6 +50,7 @@ def fastest(jobs: list[Callable[[], Any]], seconds: float) -> list[float]:
     best, end = [float("inf")] * len(jobs), time.perf_counter() + seconds
     while time.perf_counter() < end:
         for number, job in enumerate(jobs):
+            time.sleep(REST)
             start = time.perf_counter()
             job()
             best[number] = min(best[number], time.perf_counter() - start)
@@ -54,18 +61,16 @@ def decode_row(
     bits: int, group: int, scale_bits: int, shape: tuple[int, int], batch: int, mode: str, seconds: float
 ) -> dict:
     """One line of the decode table, with the read probe and float32 beside it."""
-    backend, library = cpu.Cpu(), cpu_library.library()
-    assert library is not None
+    backend = cpu.Cpu()
     one = backend.prepare(record(shape, bits, group, scale_bits))
     copies = [one._replace(matrix=one.matrix.clone()) for _ in range(max(1, TURNS_BYTES // one.matrix.numel()))]
     dense = [torch.randn(shape) for _ in range(max(1, TURNS_BYTES // (4 * shape[0] * shape[1])))]
-    probe, x = torch.ones(PROBE_BYTES, dtype=torch.uint8), torch.randn(batch, shape[1])
-    threads = torch.get_num_threads()
+    probe, x = torch.ones(PROBE_BYTES // 4), torch.randn(batch, shape[1])
     with cpu.arithmetic(mode):
         ours, read, float32 = fastest(
             [
                 lambda: [backend.linear(x, copy) for copy in copies],
-                lambda: library.lowbit_read_probe(probe.data_ptr(), PROBE_BYTES, threads),
+                probe.sum,
                 lambda: [torch.nn.functional.linear(x, weight) for weight in dense],
             ],
             seconds,
@@ -80,6 +85,20 @@ def decode_row(
         "times_float32": round(float32 / ours, 2),
         "gweights_s": round(shape[0] * shape[1] * batch / ours / 1e9, 2),
     }
+
+
+def model_row(bits: int, seconds: float) -> dict:
+    """The matrices of one token, each in its own memory, one product behind the other."""
+    backend, probe = cpu.Cpu(), torch.ones(PROBE_BYTES // 4)
+    made = {shape: backend.prepare(record(shape, bits, 64, 16)) for shape in set(LAYER)}
+    matrices = [made[shape]._replace(matrix=made[shape].matrix.clone()) for _ in range(LAYERS) for shape in LAYER]
+    inputs = {columns: torch.randn(1, columns) for _, columns in LAYER}
+    with cpu.arithmetic("int8"):
+        ours, read = fastest([lambda: [backend.linear(inputs[one.columns], one) for one in matrices], probe.sum], seconds)
+    stored = sum(one.matrix.numel() for one in matrices)
+    bandwidth, limit = stored / ours / 1e9, PROBE_BYTES / read / 1e9
+    found = {"us": ours * 1e6, "gb_s": bandwidth, "probe_gb_s": limit, "share": bandwidth / limit}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def prefill_row(bits: int, group: int, scale_bits: int, shape: tuple[int, int], batch: int, seconds: float) -> dict:
@@ -98,7 +117,7 @@ def prefill_row(bits: int, group: int, scale_bits: int, shape: tuple[int, int], 
 
 def measure(seconds: float) -> dict[str, dict]:
     """All lines for the instruction set in use."""
-    rows = {}
+    rows = {f"{bits} bits, group 64, 16-bit scales, all matrices, batch 1": model_row(bits, 3 * seconds) for bits in WIDTHS}
     for shape in SHAPES:
         name = f"{shape[0]}x{shape[1]}"
         for bits in WIDTHS:

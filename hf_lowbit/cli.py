@@ -109,6 +109,19 @@ def build_parser() -> argparse.ArgumentParser:
     detect.add_argument("input", metavar="FILE|DIR|-", nargs="?", help="UTF-8 text, a directory of texts, or standard input")
     _add_detector_options(detect)
 
+    calibrate = _command(added, "calibrate", commands.run_calibrate, "set a detector's thresholds from texts people wrote")
+    calibrate.add_argument("human", metavar="FILE|DIR", help="JSON lines with a text each, or a directory of text files")
+    calibrate.add_argument("output", metavar="JSON", help="the calibration to write; must not exist yet")
+    calibrate.add_argument(
+        "--machine", metavar="FILE|DIR", help="texts of the machines to be told apart, for verdicts of human"
+    )
+    calibrate.add_argument(
+        "--fpr", type=float, default=0.01, help="share of people's texts that may be called a machine's (0.01)"
+    )
+    calibrate.add_argument("--language", default="en", help="what the texts are written in (en)")
+    calibrate.add_argument("--source", default="", metavar="WORDS", help="what the texts are")
+    _add_backbone_options(calibrate)
+
     _command(added, "doctor", commands.run_doctor, "say what this machine has and what works here")
     return parser
 
@@ -160,15 +173,20 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_detector_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--detector", metavar="DIR", help="directory or Hub id of a causal LM, quantized or not (the embedded model)")
-    add("--observer", metavar="DIR", help="a second model of the same tokenizer, for the score binoculars")
+    _add_backbone_options(parser)
     add("--calibration", metavar="JSON", help="thresholds of this detector; the checkpoint's own unless given")
     add("--score", metavar="NAME", help="the score verdicts rest on: spot, log_rank, fast_detectgpt, ... (fast_detectgpt)")
-    add("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--device", default="cpu")
     add("--html", metavar="OUT", help="write a page with heat maps that works without any network")
     add("--serve", action="store_true", help="open a local web page instead (pip install 'hf-lowbit[serve]')")
     add("--port", type=_count, default=7860, help="of the web page (7860)")
+
+
+def _add_backbone_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--detector", metavar="DIR", help="directory or Hub id of a causal LM, quantized or not (the embedded model)")
+    add("--observer", metavar="DIR", help="a second model of the same tokenizer, for the score binoculars")
+    add("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
+    add("--device", default="cpu")
 
 
 def _number(text: str) -> float | int:

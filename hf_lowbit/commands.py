@@ -292,6 +292,35 @@ def run_detect(args: argparse.Namespace) -> None:
     print("\n".join(line for result in results for line in report.lines(result)))
 
 
+def run_calibrate(args: argparse.Namespace) -> None:
+    """Thresholds for ``detect`` from people's texts."""
+    from hf_lowbit import demo
+    from hf_lowbit.detect import inputs
+    from hf_lowbit.plugin import checkpoint
+    from hf_lowbit.plugin.detector import SpotDetector
+
+    if Path(args.output).exists():
+        raise BadRequest(f"{args.output!r} exists already. Name a new file, or remove it.")
+    human, machine = inputs.read_texts(args.human), inputs.read_texts(args.machine) if args.machine else []
+    checkpoint.show_progress(False)
+    place = args.detector or demo.embedded_model()
+    detector = SpotDetector.from_pretrained(place, observer=args.observer, dtype=args.dtype, device=args.device)
+    detector.calibrate(
+        human, args.fpr, machine_texts=machine, language=args.language, source=args.source or Path(args.human).name
+    )
+    calibration = detector.calibration
+    assert calibration is not None
+    calibration.save(args.output)
+    bins = [{"from": one.low, "to": one.high, "texts": len(one.human[detector.score])} for one in calibration.bins]
+    if args.json:
+        return _print_json({"written": args.output, "fpr": calibration.fpr, "human": len(human), "bins": bins})
+    rate = f"at most {100 * calibration.fpr:g} % of people's texts called a machine's"
+    print(f"{args.output}: {rate}, from {len(human):,} of them")
+    for one in bins:
+        to = "on" if one["to"] is None else f"to {one['to']}"
+        print(f"  {one['from']} tokens {to}: {one['texts']:,} texts")
+
+
 def run_doctor(args: argparse.Namespace) -> None:
     """Versions, devices, registration, backends and methods."""
     from hf_lowbit.plugin import doctor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,36 @@ def find_inputs(place: str) -> list[Input]:
     if not files:
         raise BadRequest(f"{place!r} holds no files to judge.")
     return [Input(str(file.relative_to(path)), file) for file in files]
+
+
+def read_texts(place: str) -> list[str]:
+    """All texts of a place: the ``text`` of each line of a ``.jsonl`` file, else each file as one.
+
+    Raises:
+        BadRequest: nothing there, a file that is no text, or a line without one.
+    """
+    found = []
+    for one in find_inputs(place):
+        text, why = one.read()
+        if text is None:
+            raise BadRequest(f"{one.name!r} is {why}" if why.startswith("not ") else f"{one.name!r} {why}.")
+        lines = one.path is not None and one.path.suffix == ".jsonl"
+        found += (
+            [_text_of(line, f"{one.name}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+            if lines
+            else [text]
+        )
+    return found
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise BadRequest(f"{place} is not JSON ({error.msg}). Each line holds an object with a text.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise BadRequest(f'{place} has no text. Each line holds an object such as {{"text": "..."}}.')
+    return row["text"]
 
 
 def judge(

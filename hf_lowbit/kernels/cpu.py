@@ -11,7 +11,7 @@ system takes back, so the prepared form is the one copy that occupies memory. A 
 ``int8``   Activations are rounded per 32 stored columns to ``xs * q`` with ``xs = max |x| / 127``, so by at most
            ``xs / 2``; levels of a table are rounded to ``ts * l`` with integers ``|l| <= L``, by at most ``e <= ts / 2``,
            where ``L`` is 63 at up to 3 bits and 127 above, and ``ts`` is the scale between ``max / L`` and ``2 max / L``
-           that rounds them best (``e`` is 0 for tables of such integers).
+           that rounds best what is used most (``e`` is 0 for tables of such integers).
            Products and sums within 32 columns are exact integers. With ``w = scale * level`` the result is off by at most
            ``sum_i |w_i| xs_i / 2 + |scale_i| e (|x_i| + xs_i / 2)`` plus the rounding of a float32 sum.
            Offsets, outliers and the low-rank term are multiplied by the activations as they are.

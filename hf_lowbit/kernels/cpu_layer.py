@@ -1,7 +1,8 @@
-"""The fused decoder layer: a block of the Llama family for a few tokens in two calls of compiled code.
+"""The fused decoder layer: a block of the Llama family for a few tokens in one or two calls of compiled code.
 
-The first call does the norm, q/k/v from activations rounded once, the norms of heads and rotary positions; the second,
-once the host's cache has taken keys and values, does attention, o, norm, gate/up, SiLU and down, with both residuals.
+The first half is the norm, q/k/v from activations rounded once, the norms of heads and rotary positions; the second is
+attention, o, norm, gate/up, SiLU and down, with both residuals. In between keys and values go into the cache: written there
+by the first half where the cache has room for them, else handed to the host.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ HEAD_STEP = 16
 
 
 class _Layer(ctypes.Structure):
-    """``LowbitLayer`` of ``cpu/decoder_layer.h``."""
+    """``LowbitLayer`` of ``cpu/decoder_layer.h``; ``kept`` is what it points to."""
+
+    kept: list[Tensor | None]
 
     _fields_ = (
         ("matrices", c_void_p * 7),
@@ -35,6 +38,15 @@ class _Layer(ctypes.Structure):
         ("epsilon", c_float * 4),
         ("scale", c_float),
         *((name, c_int32) for name in ("dtype", "hidden", "heads", "kv_heads", "dim", "inner", "mode", "threads")),
+    )
+
+
+class _Tokens(ctypes.Structure):
+    """``LowbitTokens``."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "cosines", "sines")),
+        *((name, c_int32) for name in ("batch", "tokens", "position_rows")),
     )
 
 
@@ -54,6 +66,10 @@ class _Mask(ctypes.Structure):
     """``LowbitMask``."""
 
     _fields_ = (("data", c_void_p), ("strides", c_int64 * 3), ("kind", c_int32))
+
+
+_CAUSAL = _Mask()
+_byref, _Strides = ctypes.byref, c_int64 * 3
 
 
 @dataclass(frozen=True)
@@ -103,75 +119,57 @@ class FusedLayer:
         for number, epsilon in enumerate(epsilons):
             layer.epsilon[number] = epsilon
         self._layer = layer
+        self._read = [*self.norms, *self.biases]
         self._library = loaded()
         self._ready: tuple[tuple[object, ...], _Layer] | None = None
 
-    def start(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of new tokens, with their positions.
+    def whole(self, x: Tensor, cosines: Tensor, sines: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """The layer's output ``[batch, tokens, hidden]`` in the dtype of ``x``.
 
         Args:
             x: hidden states ``[batch, tokens, hidden]``, float32 or bfloat16.
-            cosines, sines: ``[1 or batch, tokens, dim]`` in the dtype of ``x``.
+            cosines, sines: ``[1 or batch, tokens, dim]``.
+            keys, values: the cache ``[batch, kv_heads, length, dim]`` in the dtype of ``x``, last axis contiguous, its last
+                places free: the keys and values of these tokens are written there.
+            mask: bool (true is seen) or float (added to scores), ``[batch, 1, tokens, length]`` or axes of size 1 that are
+                repeated; None for causal.
+        """
+        x = x.contiguous()
+        tokens, *kept = self._tokens(x, cosines, sines)
+        cache, layer, y = self._cache(x, keys, values), self._filled(x.dtype), torch.empty_like(x)
+        seen, mask = self._seen(x, keys.shape[2], mask)
+        checked(self._library.lowbit_layer(_byref(layer), _byref(tokens), _byref(cache), _byref(seen), y.data_ptr()))
+        del kept
+        return y
+
+    def start(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of new tokens, with their positions, for a cache that takes them itself.
 
         Returns:
             Queries float32 ``[batch, tokens, heads, dim]``, keys and values ``[batch, kv_heads, tokens, dim]`` like ``x``.
         """
-        shape, (batch, tokens, width) = self.shape, x.shape
-        positions = (len(cosines), tokens, shape.dim)
-        if x.dtype not in DTYPES or width != shape.hidden or cosines.shape != positions or sines.shape != positions:
-            raise BadRequest(
-                f"the fused layer takes float32 or bfloat16 hidden states of width {shape.hidden} and positions of "
-                f"{shape.dim} numbers, got {x.dtype} {list(x.shape)} and {list(cosines.shape)}."
-            )
-        x, cosines, sines = x.contiguous(), cosines.to(x.dtype).contiguous(), sines.to(x.dtype).contiguous()
-        layer, kept = self._filled(x.dtype)
-        queries = torch.empty(batch, tokens, shape.heads, shape.dim)
-        keys = x.new_empty(batch, shape.kv_heads, tokens, shape.dim)
+        tokens, *kept = self._tokens(x, cosines, sines)
+        shape, (batch, count, _) = self.shape, x.shape
+        queries = torch.empty(batch, count, shape.heads, shape.dim)
+        keys = x.new_empty(batch, shape.kv_heads, count, shape.dim)
         values = torch.empty_like(keys)
-        checked(
-            self._library.lowbit_layer_start(
-                layer, x.data_ptr(), batch, tokens, cosines.data_ptr(), sines.data_ptr(), len(cosines),
-                queries.data_ptr(), keys.data_ptr(), values.data_ptr(),
-            )
-        )  # fmt: skip
+        cache, layer = self._cache(x, keys, values), self._filled(x.dtype)
+        checked(self._library.lowbit_layer_start(_byref(layer), _byref(tokens), queries.data_ptr(), _byref(cache)))
         del kept
         return queries, keys, values
 
     def finish(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-        """The layer's output ``[batch, tokens, hidden]`` in the dtype of ``x``.
-
-        Args:
-            x, queries: as given to and returned by :meth:`start`.
-            keys, values: the whole cache, ``[batch, kv_heads, length, dim]`` in the dtype of ``x``, last axis contiguous.
-            mask: bool (true is seen) or float (added to scores), ``[batch, 1, tokens, length]`` or axes of size 1 that are
-                repeated; None for causal.
-        """
-        shape, (batch, tokens, _) = self.shape, x.shape
-        length = keys.shape[2]
-        expected = (batch, shape.kv_heads, length, shape.dim)
-        if keys.shape != expected or values.shape != expected or keys.dtype != x.dtype or values.dtype != x.dtype:
-            raise BadRequest(
-                f"the fused layer takes keys and values {list(expected)} of {x.dtype}, got {list(keys.shape)} of "
-                f"{keys.dtype} and {list(values.shape)} of {values.dtype}."
-            )
-        keys, values = (t if t.stride(3) == 1 else t.contiguous() for t in (keys, values))
+        """What :meth:`whole` returns, after :meth:`start`: ``keys`` and ``values`` are the whole cache."""
+        keys, values = (tensor if tensor.stride(3) == 1 else tensor.contiguous() for tensor in (keys, values))
         x = x.contiguous()
-        cache = _Cache(keys=keys.data_ptr(), values=values.data_ptr(), length=length)
-        cache.key_strides[:], cache.value_strides[:] = keys.stride()[:3], values.stride()[:3]
-        seen = _Mask()
-        if mask is not None:
-            mask = (mask if mask.dtype == torch.bool else mask.float()).expand(batch, 1, tokens, length)
-            first, _, query, key = mask.stride()
-            seen.data, seen.kind = mask.data_ptr(), 1 if mask.dtype == torch.bool else 2
-            seen.strides[:] = first, query, key
-        layer, kept = self._filled(x.dtype)
-        y = torch.empty_like(x)
+        tokens = _Tokens(x=x.data_ptr(), batch=x.shape[0], tokens=x.shape[1], position_rows=1)
+        cache, layer, y = self._cache(x, keys, values), self._filled(x.dtype), torch.empty_like(x)
+        seen, mask = self._seen(x, keys.shape[2], mask)
         checked(
             self._library.lowbit_layer_finish(
-                layer, x.data_ptr(), queries.data_ptr(), ctypes.byref(cache), ctypes.byref(seen), batch, tokens, y.data_ptr()
+                _byref(layer), _byref(tokens), queries.data_ptr(), _byref(cache), _byref(seen), y.data_ptr()
             )
         )
-        del kept
         return y
 
     def output(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -183,29 +181,68 @@ class FusedLayer:
                 f"the fused layer takes float32 attention output {list(expected)}, got {mixed.dtype} {list(mixed.shape)}."
             )
         x, mixed = x.contiguous(), mixed.contiguous()
-        layer, kept = self._filled(x.dtype)
-        y = torch.empty_like(x)
-        checked(self._library.lowbit_layer_output(layer, x.data_ptr(), mixed.data_ptr(), batch * tokens, y.data_ptr()))
-        del kept
+        layer, y = self._filled(x.dtype), torch.empty_like(x)
+        checked(
+            self._library.lowbit_layer_output(_byref(layer), x.data_ptr(), mixed.data_ptr(), batch * tokens, y.data_ptr())
+        )
         return y
 
-    def _filled(self, dtype: torch.dtype) -> tuple[object, list[Tensor]]:
-        """A struct for one call, and the tensors made for it alone, which must outlive the call.
+    def _tokens(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[_Tokens, Tensor, Tensor, Tensor]:
+        """The struct, and the tensors it points to."""
+        dim, (batch, count, width) = self.shape.dim, x.shape
+        positions = (len(cosines), count, dim)
+        if x.dtype not in DTYPES or width != self.shape.hidden or cosines.shape != positions or sines.shape != positions:
+            raise BadRequest(
+                f"the fused layer takes float32 or bfloat16 hidden states of width {self.shape.hidden} and positions of "
+                f"{dim} numbers, got {x.dtype} {list(x.shape)} and {list(cosines.shape)}."
+            )
+        x, cosines, sines = x.contiguous(), cosines.to(x.dtype).contiguous(), sines.to(x.dtype).contiguous()
+        struct = _Tokens(x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), batch, count, positions[0])
+        return struct, x, cosines, sines
 
-        Where norms and biases are as the kernels want them, the struct serves until one is replaced. Another takes its
-        place then, since a second thread may be using it.
+    def _cache(self, x: Tensor, keys: Tensor, values: Tensor) -> _Cache:
+        length = keys.shape[2]
+        expected = (x.shape[0], self.shape.kv_heads, length, self.shape.dim)
+        if keys.shape != expected or values.shape != expected or keys.dtype != x.dtype or values.dtype != x.dtype:
+            raise BadRequest(
+                f"the fused layer takes keys and values {list(expected)} of {x.dtype}, got {list(keys.shape)} of "
+                f"{keys.dtype} and {list(values.shape)} of {values.dtype}."
+            )
+        (*key, key_step), (*value, value_step) = keys.stride(), values.stride()
+        if key_step != 1 or value_step != 1:
+            raise BadRequest("the fused layer takes keys and values whose last axis is contiguous.")
+        return _Cache(keys.data_ptr(), values.data_ptr(), _Strides(*key), _Strides(*value), length)
+
+    @staticmethod
+    def _seen(x: Tensor, length: int, mask: Tensor | None) -> tuple[_Mask, Tensor | None]:
+        """The struct, and the tensor it points to."""
+        if mask is None:
+            return _CAUSAL, None
+        kind = 1 if mask.dtype == torch.bool else 2
+        mask = (mask if kind == 1 else mask.float()).expand(x.shape[0], 1, x.shape[1], length)
+        first, _, query, key = mask.stride()
+        return _Mask(mask.data_ptr(), _Strides(first, query, key), kind), mask
+
+    def _filled(self, dtype: torch.dtype) -> _Layer:
+        """The struct for a call, which keeps what it points to alive.
+
+        It serves until a norm or bias is replaced. Another takes its place then, since a second thread may be using it.
         """
         threads, mode = torch.get_num_threads(), cpu.mode()
-        tensors = [(tensor, dtype) for tensor in self.norms] + [(tensor, torch.float32) for tensor in self.biases]
-        state = (dtype, threads, mode, *(tensor is not None and tensor.data_ptr() for tensor, _ in tensors))
+        state = (dtype, threads, mode, *[tensor is not None and tensor.data_ptr() for tensor in self._read])
         ready = self._ready
         if ready is not None and ready[0] == state:
-            return ctypes.byref(ready[1]), []
-        kept = [None if tensor is None else tensor.detach().to(wanted).contiguous() for tensor, wanted in tensors]
+            return ready[1]
+        wanted = [dtype] * len(self.norms) + [torch.float32] * len(self.biases)
+        kept = [
+            None if tensor is None else tensor.detach().to(to).contiguous()
+            for tensor, to in zip(self._read, wanted, strict=True)
+        ]
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in kept]
         layer = _Layer.from_buffer_copy(self._layer)
         layer.norms[:], layer.biases[:] = pointers[: len(self.norms)], pointers[len(self.norms) :]
         layer.dtype, layer.mode, layer.threads = DTYPES[dtype], mode, threads
-        if all(tensor is None or tensor.data_ptr() == own for (tensor, _), own in zip(tensors, pointers, strict=True)):
+        layer.kept = kept
+        if all(tensor is None or tensor.data_ptr() == own for tensor, own in zip(self._read, pointers, strict=True)):
             self._ready = state, layer
-        return ctypes.byref(layer), [tensor for tensor in kept if tensor is not None]
+        return layer

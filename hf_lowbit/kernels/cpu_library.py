@@ -8,7 +8,7 @@ forces a lower instruction set than the best one.
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_int32, c_int64, c_uint64, c_void_p
+from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
@@ -55,16 +55,14 @@ _SIGNATURES = {
     ),
     "lowbit_linear_codes": (c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_void_p, c_int32),
     "lowbit_rows": (c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_void_p, c_int32),
-    "lowbit_layer_start": (
-        c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_void_p, c_void_p, c_void_p,
-    ),
-    "lowbit_layer_finish": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32, c_int32, c_void_p),
+    "lowbit_layer": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    "lowbit_layer_start": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p),
+    "lowbit_layer_finish": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "lowbit_layer_output": (c_int32, c_void_p, c_void_p, c_void_p, c_int64, c_void_p),
     "lowbit_kv_attend": (c_int32, c_void_p),
     "lowbit_kv_round": (
         c_int32, c_void_p, c_int32, c_int64, c_int64, c_int32, c_void_p, c_void_p, c_int64, c_int64,
     ),
-    "lowbit_read_probe": (c_uint64, c_void_p, c_int64, c_int32),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -21,20 +22,20 @@ class Room:
 
     Attributes:
         owner: the layer; a copy of it starts a room of its own.
-        filled: tokens written. A layer that holds fewer has been cropped, and gets a new room: what is written is never
-            written over, since others may still look at it.
+        filled: tokens written. A layer whose tensors are not the views last given to it has been cropped or reordered, and
+            gets a new room: what is written is never written over, since others may still look at it.
     """
 
     def __init__(self, owner: Any, more: int) -> None:
-        self.owner: weakref.ref[Any] = weakref.ref(owner)
+        self.owner: Any = weakref.ref(owner)
         self.filled = owner.keys.shape[2]
-        size = self.filled + more + max(LEAST_ROOM, self.filled // 2)
-        self.keys, self.values = (self._wider(tensor, size) for tensor in (owner.keys, owner.values))
+        self.size = self.filled + more + max(LEAST_ROOM, self.filled // 2)
+        self.keys, self.values = (self._wider(tensor) for tensor in (owner.keys, owner.values))
+        self.given = owner.keys, owner.values
 
-    @staticmethod
-    def _wider(tensor: Tensor, size: int) -> Tensor:
+    def _wider(self, tensor: Tensor) -> Tensor:
         batch, heads, length, dim = tensor.shape
-        out = tensor.new_empty(batch, heads, size, dim)
+        out = tensor.new_empty(batch, heads, self.size, dim)
         out[:, :, :length] = tensor
         return out
 
@@ -43,44 +44,33 @@ class Room:
         return type(None), ()
 
     def holds(self, layer: Any, more: int) -> bool:
-        """Whether ``layer`` still is what was written here, with room for ``more`` tokens."""
-        owner = self.owner()
-        return (
-            owner is not None
-            and owner is layer
-            and layer.keys.shape[2] == layer.values.shape[2] == self.filled
-            and self.filled + more <= self.keys.shape[2]
-            and all(
-                tensor.data_ptr() == buffer.data_ptr() and tensor.stride() == buffer.stride() and len(tensor) == len(buffer)
-                for tensor, buffer in ((layer.keys, self.keys), (layer.values, self.values))
-            )
-        )
+        """Whether ``layer`` still is what was given to it here, with room for ``more`` tokens."""
+        keys, values = self.given
+        return self.owner() is layer and layer.keys is keys and layer.values is values and self.filled + more <= self.size
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write new tokens ``[batch, heads, n, dim]`` behind the others; returns views of all of them."""
-        start, self.filled = self.filled, self.filled + keys.shape[2]
-        self.keys[:, :, start : self.filled] = keys
-        self.values[:, :, start : self.filled] = values
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+    def grown(self, more: int) -> tuple[Tensor, Tensor]:
+        """Views of all tokens with ``more`` free places behind them; :meth:`give` makes them the layer's."""
+        length = self.filled + more
+        return self.keys.narrow(2, 0, length), self.values.narrow(2, 0, length)
+
+    def give(self, keys: Tensor, values: Tensor) -> None:
+        """Make what :meth:`grown` returned, now filled, what the layer holds."""
+        layer: Any = self.owner()
+        self.filled, self.given = keys.shape[2], (keys, values)
+        layer.keys, layer.values = keys, values
 
 
-def appended(cache: Any, keys: Tensor, values: Tensor, number: int) -> tuple[Tensor, Tensor]:
-    """Put new ``keys`` and ``values`` ``[batch, heads, n, dim]`` into layer ``number`` of ``cache``; returns all of them.
-
-    Caches and layers other than the host's plain dynamic ones are asked to update themselves.
-    """
-    plain = type(cache) is DynamicCache and not getattr(cache, "offloading", False) and number < len(cache.layers)
-    layer: Any = cache.layers[number] if plain else None
-    if (
-        type(layer) is not DynamicLayer
-        or not layer.is_initialized
-        or layer.keys.dim() != 4
-        or layer.keys.dtype != keys.dtype
-    ):
-        found: tuple[Tensor, Tensor] = cache.update(keys, values, number)
-        return found
-    more, room = keys.shape[2], getattr(layer, "lowbit_room", None)
+def room_in(cache: Any, number: int, batch: int, more: int, dtype: torch.dtype) -> Room | None:
+    """Room for ``more`` tokens of ``batch`` sequences behind those of layer ``number``; None unless it is plain."""
+    if type(cache) is not DynamicCache or number >= len(cache.layers) or getattr(cache, "offloading", False):
+        return None
+    layer: Any = cache.layers[number]
+    if type(layer) is not DynamicLayer or not layer.is_initialized:
+        return None
+    room: Room | None = getattr(layer, "lowbit_room", None)
     if room is None or not room.holds(layer, more):
+        keys = layer.keys
+        if keys.dim() != 4 or keys.device.type != "cpu" or keys.shape[2] != layer.values.shape[2]:
+            return None
         room = layer.lowbit_room = Room(layer, more)
-    layer.keys, layer.values = room.append(keys, values)
-    return layer.keys, layer.values
+    return room if room.keys.dtype == room.values.dtype == dtype and len(room.keys) == batch else None

@@ -9,7 +9,6 @@ attention weights asked for) to the layer's own forward. Cache, masks and positi
 from __future__ import annotations
 
 import logging
-import operator
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from hf_lowbit.kernels import cpu
 from hf_lowbit.kernels.cpu_layer import DTYPES, FusedLayer, Shape
 from hf_lowbit.kv.packed import Packed
 from hf_lowbit.kv.settings import ATTENTION
-from hf_lowbit.plugin.cache_room import appended
+from hf_lowbit.plugin.cache_room import room_in
 from hf_lowbit.plugin.modules import LowBitLinear, written
 
 _LOG = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ class FusedForward:
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.calls = 0
-        self._made: tuple[list[Any], list[int | None], FusedLayer | None] | None = None
+        self._made: _Made | None = None
 
     def __call__(
         self,
@@ -163,9 +162,16 @@ class FusedForward:
                 past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
             )  # fmt: skip
         self.calls += 1
+        number, (batch, tokens, _) = layer.self_attn.layer_idx, hidden_states.shape
+        room = room_in(past_key_values, number, batch, tokens, hidden_states.dtype)
+        if room is not None:
+            keys, values = room.grown(tokens)
+            out = made.whole(hidden_states, *position_embeddings, keys, values, attention_mask)
+            room.give(keys, values)
+            return out
         queries, keys, values = made.start(hidden_states, *position_embeddings)
         if past_key_values is not None:
-            keys, values = appended(past_key_values, keys, values, layer.self_attn.layer_idx)
+            keys, values = past_key_values.update(keys, values, number)
             if isinstance(keys, Packed):
                 mixed = keys.layer.attend_few(queries, attention_mask, layer.self_attn)
                 return made.output(hidden_states, mixed)
@@ -196,17 +202,10 @@ class FusedForward:
 
         None where a part has hooks, or is no longer what can be fused.
         """
-        parts = _parts(self.layer)
-        present = [part for part in parts if part is not None]
-        if any(part._forward_hooks or part._forward_pre_hooks for part in present):
-            return None
-        codes = [part._buffers.get("weight_codes") for part in present]
-        tensors = [part._parameters.get(name) for part in present for name in ("weight", "bias")]
-        state, writes = parts + codes + tensors, [written(tensor) for tensor in codes]
-        known = self._made
-        if known is None or known[1] != writes or len(known[0]) != len(state) or any(map(operator.is_not, known[0], state)):
-            known = self._made = state, writes, None if unfit(self.layer) else self._make()
-        return known[2]
+        made = self._made
+        if made is None or not made.stands():
+            made = self._made = _Made(self.layer, None if unfit(self.layer) else self._make())
+        return None if any(made.hooks) else made.op
 
     def _make(self) -> FusedLayer:
         _, _, *parts = _parts(self.layer)
@@ -222,6 +221,40 @@ class FusedForward:
 
     def __getstate__(self) -> dict:
         return {"layer": self.layer, "calls": 0, "_made": None}
+
+
+class _Made:
+    """An op, and what it was made of.
+
+    Attributes:
+        op: the fused layer, or None where the layer could not be fused.
+        hooks: of every part, as they are now.
+    """
+
+    def __init__(self, layer: Any, op: FusedLayer | None) -> None:
+        attention, mlp, *parts = _parts(layer)
+        present = [part for part in (attention, mlp, *parts) if part is not None]
+        self.op = op
+        self.hooks = [hooks for part in present for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        owners = {"": layer, "self_attn": attention, "mlp": mlp}
+        places = [
+            (layer._modules, "self_attn"),
+            (layer._modules, "mlp"),
+            *((owners[o]._modules, part) for o, part in _PLACES),
+        ]
+        for part in present:
+            places += [(part._buffers, "weight_codes"), (part._parameters, "weight"), (part._parameters, "bias")]
+        self._found = [(place, name, place.get(name)) for place, name in places]
+        codes = [part._buffers.get("weight_codes") for part in present]
+        self._codes = [tensor for tensor in codes if written(tensor) is not None]
+        self._writes = [tensor._version for tensor in self._codes]
+
+    def stands(self) -> bool:
+        """Whether all of it still is in its place, and no codes were written to."""
+        for place, name, found in self._found:
+            if place.get(name) is not found:
+                return False
+        return [tensor._version for tensor in self._codes] == self._writes
 
 
 def _parts(layer: Any) -> list[Any]:

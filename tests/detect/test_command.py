@@ -24,7 +24,7 @@ def one_detector(monkeypatch, spot):
     load = SpotDetector.from_pretrained
 
     def loaded(place, **settings):
-        plain = str(place) == str(SOURCE) and not (settings["observer"] or settings["calibration"])
+        plain = str(place) == str(SOURCE) and not (settings["observer"] or settings.get("calibration", True))
         return spot if plain and settings["score"] == spot.score else load(place, **settings)
 
     monkeypatch.setattr(SpotDetector, "from_pretrained", loaded)
@@ -48,10 +48,10 @@ def folder(tmp_path, written, books):
     return tmp_path
 
 
-def run(*arguments: object) -> str:
+def run(*arguments: object, command: str = "detect") -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        assert main(["detect", *map(str, arguments)]) == 0
+        assert main([command, *map(str, arguments)]) == 0
     return out.getvalue()
 
 
@@ -127,3 +127,21 @@ def test_refusals(refused, folder, tmp_path, spot):
     other["detector"]["weights"] = "0" * 64
     (tmp_path / "other.json").write_text(json.dumps(other))
     refused(2, ["detect", text, "--calibration", tmp_path / "other.json"], "another detector (embedded): weights was")
+
+
+def test_a_detector_is_calibrated_from_a_file_of_texts(refused, folder, tmp_path, books, written):
+    human, own = tmp_path / "human.jsonl", tmp_path / "own.json"
+    human.write_text("".join(json.dumps({"text": text}) + "\n" for text in books[:25]))
+    said = json.loads(run(human, own, "--fpr", "0.05", "--source", "old books", "--json", command="calibrate"))
+    assert said["human"] == 25 and said["bins"][0] == {"from": 60, "to": 100, "texts": 25}
+    assert json.loads(own.read_text())["source"] == "old books"
+    (found,) = json.loads(run(folder / "greedy.txt", "--json", "--calibration", own))
+    assert found["verdict"] == "machine" and found["fpr"] == 0.05
+    refused(2, ["calibrate", human, own], "own.json", "exists already")
+    refused(2, ["calibrate", human, tmp_path / "more.json"], "fpr=0.01 takes at least 99 human texts", "25 were given")
+    human.write_text('{"text": "one"}\n{"words": 1}\n')
+    refused(2, ["calibrate", human, tmp_path / "more.json"], "human.jsonl:2 has no text")
+    human.write_text("once upon\n")
+    refused(2, ["calibrate", human, tmp_path / "more.json"], "human.jsonl:1 is not JSON")
+    (tmp_path / "binary").write_bytes(b"a\0b")
+    refused(2, ["calibrate", tmp_path / "binary", tmp_path / "more.json"], "'binary' is not a text: it holds NUL bytes")

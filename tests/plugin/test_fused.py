@@ -21,7 +21,7 @@ from transformers import (
 from hf_lowbit import LowBitConfig, quantize
 from hf_lowbit.kernels import cpu, cpu_library
 from hf_lowbit.plugin import fused
-from hf_lowbit.plugin.cache_room import Room, appended
+from hf_lowbit.plugin.cache_room import Room, room_in
 
 pytestmark = pytest.mark.skipif(cpu_library.library() is None, reason=str(cpu_library.trouble()))
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
@@ -239,6 +239,18 @@ def test_models_that_do_not_qualify_say_why():
 def tokens(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, count, 4, generator=draw), torch.randn(2, 3, count, 4, generator=draw)
+
+
+def appended(cache: DynamicCache, keys: torch.Tensor, values: torch.Tensor, number: int):
+    """As the fused layer does it: written into the room where there is one, else the cache's own update."""
+    room = room_in(cache, number, len(keys), keys.shape[2], keys.dtype)
+    if room is None:
+        return cache.update(keys, values, number)
+    grown = room.grown(keys.shape[2])
+    for whole, new in zip(grown, (keys, values), strict=True):
+        whole[:, :, -new.shape[2] :] = new
+    room.give(*grown)
+    return grown
 
 
 def test_appending_is_the_hosts_update():

@@ -113,64 +113,86 @@ int32_t output(const LowbitLayer& l, const void* x, const float* mixed, int64_t 
     return 0;
 }
 
+// Norm, q/k/v, norms of heads and positions; the new tokens' keys and values become the last ones of the cache.
+int32_t begin(const LowbitLayer& l, const LowbitTokens& in, float* queries, const LowbitCache& cache) {
+    const int64_t rows = int64_t(in.batch) * in.tokens, wide = int64_t(l.kv_heads) * l.dim;
+    std::unique_ptr<float[]> room = floats(rows * (l.hidden + 2 * wide));
+    if (!room) return LOWBIT_E_MEMORY;
+    float *normed = room.get(), *k = normed + rows * l.hidden, *v = k + rows * wide;
+    widen(l, in.x, rows * l.hidden, normed);
+    norm_rows(l, kInput, normed, rows, normed);
+    float* const ys[3] = {queries, k, v};
+    if (const int32_t wrong = product(l, kQ, 3, normed, rows, ys)) return wrong;
+    for (int64_t r = 0; r < rows; ++r) {
+        const int64_t b = r / in.tokens, t = r % in.tokens;
+        const int64_t position = ((in.position_rows == 1 ? 0 : b) * in.tokens + t) * l.dim;
+        for (int h = 0; h < l.heads; ++h) {
+            float* head = queries + (r * l.heads + h) * l.dim;
+            if (l.norms[kQueryHead]) rms_norm(head, l.norms[kQueryHead], l.dtype, l.dim, l.epsilon[kQueryHead], head);
+            rotate(head, l.dim, in.cosines, in.sines, position, l.dtype);
+        }
+        for (int h = 0; h < l.kv_heads; ++h) {
+            float* head = k + r * wide + h * l.dim;
+            if (l.norms[kKeyHead]) rms_norm(head, l.norms[kKeyHead], l.dtype, l.dim, l.epsilon[kKeyHead], head);
+            rotate(head, l.dim, in.cosines, in.sines, position, l.dtype);
+            const int64_t place = cache.length - in.tokens + t;
+            const auto at = [&](const int64_t* strides) { return b * strides[0] + h * strides[1] + place * strides[2]; };
+            const int64_t key = at(cache.key_strides), value = at(cache.value_strides);
+            for (int i = 0; i < l.dim; ++i) {
+                write_number(cache.keys, key + i, l.dtype, head[i]);
+                write_number(cache.values, value + i, l.dtype, v[r * wide + h * l.dim + i]);
+            }
+        }
+    }
+    return 0;
+}
+
+// Attention over the cache, then the rest of the layer.
+int32_t finish(const LowbitLayer& l, const LowbitTokens& in, const float* queries, const LowbitCache& cache, const LowbitMask& mask,
+               void* y) {
+    const int64_t rows = int64_t(in.batch) * in.tokens, wide = int64_t(l.heads) * l.dim;
+    std::unique_ptr<float[]> mixed = floats(rows * wide);
+    if (!mixed) return LOWBIT_E_MEMORY;
+    Attention a{};
+    a.queries = queries, a.out = mixed.get(), a.keys = cache.keys, a.values = cache.values, a.dtype = l.dtype;
+    a.key_batch = cache.key_strides[0], a.key_head = cache.key_strides[1], a.key_token = cache.key_strides[2];
+    a.value_batch = cache.value_strides[0], a.value_head = cache.value_strides[1], a.value_token = cache.value_strides[2];
+    a.mask = mask.data, a.mask_kind = mask.kind;
+    a.mask_batch = mask.strides[0], a.mask_query = mask.strides[1], a.mask_key = mask.strides[2];
+    a.batch = in.batch, a.tokens = in.tokens, a.heads = l.heads, a.kv_heads = l.kv_heads, a.dim = l.dim;
+    a.length = cache.length, a.scale = l.scale, a.causal = in.tokens > 1 && mask.kind == 0;
+    if (const int32_t wrong = attend(l, a)) return wrong;
+    return output(l, in.x, mixed.get(), rows, y);
+}
+
+bool fits(const LowbitLayer& l, const LowbitTokens& in, const LowbitCache& cache) {
+    return fits(l) && (in.position_rows == 1 || in.position_rows == in.batch) && cache.length >= in.tokens;
+}
+
 }  // namespace
 }  // namespace lowbit
 
 using namespace lowbit;
 
-int32_t lowbit_layer_start(const LowbitLayer* layer, const void* x, int32_t batch, int32_t tokens, const void* cosines,
-                           const void* sines, int32_t position_rows, float* queries, void* keys, void* values) try {
-    const LowbitLayer& l = *layer;
-    const int64_t rows = int64_t(batch) * tokens, wide = int64_t(l.kv_heads) * l.dim;
-    if (!fits(l) || (position_rows != 1 && position_rows != batch)) return LOWBIT_E_MATRIX;
-    std::unique_ptr<float[]> room = floats(rows * (l.hidden + 2 * wide));
-    if (!room) return LOWBIT_E_MEMORY;
-    float *normed = room.get(), *k = normed + rows * l.hidden, *v = k + rows * wide;
-    widen(l, x, rows * l.hidden, normed);
-    norm_rows(l, kInput, normed, rows, normed);
-    float* const ys[3] = {queries, k, v};
-    if (const int32_t wrong = product(l, kQ, 3, normed, rows, ys)) return wrong;
-    for (int64_t r = 0; r < rows; ++r) {
-        const int64_t b = r / tokens, t = r % tokens;
-        const int64_t position = ((position_rows == 1 ? 0 : b) * tokens + t) * l.dim;
-        for (int h = 0; h < l.heads; ++h) {
-            float* head = queries + (r * l.heads + h) * l.dim;
-            if (l.norms[kQueryHead]) rms_norm(head, l.norms[kQueryHead], l.dtype, l.dim, l.epsilon[kQueryHead], head);
-            rotate(head, l.dim, cosines, sines, position, l.dtype);
-        }
-        for (int h = 0; h < l.kv_heads; ++h) {
-            float* head = k + r * wide + h * l.dim;
-            if (l.norms[kKeyHead]) rms_norm(head, l.norms[kKeyHead], l.dtype, l.dim, l.epsilon[kKeyHead], head);
-            rotate(head, l.dim, cosines, sines, position, l.dtype);
-            const int64_t out = ((b * l.kv_heads + h) * tokens + t) * l.dim;
-            for (int i = 0; i < l.dim; ++i) {
-                write_number(keys, out + i, l.dtype, head[i]);
-                write_number(values, out + i, l.dtype, v[r * wide + h * l.dim + i]);
-            }
-        }
-    }
-    return 0;
+int32_t lowbit_layer_start(const LowbitLayer* layer, const LowbitTokens* in, float* queries, const LowbitCache* cache) try {
+    return fits(*layer, *in, *cache) ? begin(*layer, *in, queries, *cache) : int32_t(LOWBIT_E_MATRIX);
 } catch (const std::exception&) {
     return LOWBIT_E_MEMORY;
 }
 
-int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float* queries, const LowbitCache* cache,
-                            const LowbitMask* mask, int32_t batch, int32_t tokens, void* y) try {
-    const LowbitLayer& l = *layer;
-    const int64_t rows = int64_t(batch) * tokens, wide = int64_t(l.heads) * l.dim;
-    if (!fits(l)) return LOWBIT_E_MATRIX;
-    std::unique_ptr<float[]> mixed = floats(rows * wide);
-    if (!mixed) return LOWBIT_E_MEMORY;
-    Attention a{};
-    a.queries = queries, a.out = mixed.get(), a.keys = cache->keys, a.values = cache->values, a.dtype = l.dtype;
-    a.key_batch = cache->key_strides[0], a.key_head = cache->key_strides[1], a.key_token = cache->key_strides[2];
-    a.value_batch = cache->value_strides[0], a.value_head = cache->value_strides[1], a.value_token = cache->value_strides[2];
-    a.mask = mask->data, a.mask_kind = mask->kind;
-    a.mask_batch = mask->strides[0], a.mask_query = mask->strides[1], a.mask_key = mask->strides[2];
-    a.batch = batch, a.tokens = tokens, a.heads = l.heads, a.kv_heads = l.kv_heads, a.dim = l.dim;
-    a.length = cache->length, a.scale = l.scale, a.causal = tokens > 1 && mask->kind == 0;
-    if (const int32_t wrong = attend(l, a)) return wrong;
-    return output(l, x, mixed.get(), rows, y);
+int32_t lowbit_layer_finish(const LowbitLayer* layer, const LowbitTokens* in, const float* queries, const LowbitCache* cache,
+                            const LowbitMask* mask, void* y) try {
+    return fits(*layer, *in, *cache) ? finish(*layer, *in, queries, *cache, *mask, y) : int32_t(LOWBIT_E_MATRIX);
+} catch (const std::exception&) {
+    return LOWBIT_E_MEMORY;
+}
+
+int32_t lowbit_layer(const LowbitLayer* layer, const LowbitTokens* in, const LowbitCache* cache, const LowbitMask* mask, void* y) try {
+    if (!fits(*layer, *in, *cache)) return LOWBIT_E_MATRIX;
+    std::unique_ptr<float[]> queries = floats(int64_t(in->batch) * in->tokens * layer->heads * layer->dim);
+    if (!queries) return LOWBIT_E_MEMORY;
+    if (const int32_t wrong = begin(*layer, *in, queries.get(), *cache)) return wrong;
+    return finish(*layer, *in, queries.get(), *cache, *mask, y);
 } catch (const std::exception&) {
     return LOWBIT_E_MEMORY;
 }

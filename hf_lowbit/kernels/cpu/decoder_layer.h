@@ -1,4 +1,5 @@
-// The fused decoder layer's C ABI. Two calls, since between them the host's cache takes the new keys and values.
+// The fused decoder layer's C ABI: one call where the cache has room for the new keys and values, else two, between which the
+// host's cache takes them.
 #pragma once
 #include "lowbit_cpu.h"
 
@@ -14,10 +15,17 @@ struct LowbitLayer {
     int32_t mode, threads;
 };
 
+// The tokens a layer is given.
+struct LowbitTokens {
+    const void* x;                  // [batch, tokens, hidden]
+    const void *cosines, *sines;    // [position_rows (1 or batch), tokens, dim]
+    int32_t batch, tokens, position_rows;
+};
+
 struct LowbitCache {
-    const void *keys, *values;                     // [batch, kv_heads, length, dim], dim contiguous
+    void *keys, *values;                           // [batch, kv_heads, length, dim], dim contiguous
     int64_t key_strides[3], value_strides[3];      // in numbers: batch, head, token
-    int64_t length;
+    int64_t length;                                // the given tokens included, which are the last ones
 };
 
 struct LowbitMask {
@@ -26,14 +34,14 @@ struct LowbitMask {
     int32_t kind;        // 0 none (causal), 1 bool, true is seen, 2 float, added to the scores
 };
 
-// x [batch, tokens, hidden]; cosines and sines [position_rows (1 or batch), tokens, dim]; queries float [batch, tokens, heads,
-// dim]; keys and values [batch, kv_heads, tokens, dim].
-LOWBIT_EXPORT int32_t lowbit_layer_start(const LowbitLayer* layer, const void* x, int32_t batch, int32_t tokens,
-                                         const void* cosines, const void* sines, int32_t position_rows, float* queries,
-                                         void* keys, void* values);
+// Queries float [batch, tokens, heads, dim]; writes the given tokens' keys and values into the cache.
+LOWBIT_EXPORT int32_t lowbit_layer_start(const LowbitLayer* layer, const LowbitTokens* in, float* queries,
+                                         const LowbitCache* cache);
 // y [batch, tokens, hidden], the layer's output. The result does not depend on the number of threads.
-LOWBIT_EXPORT int32_t lowbit_layer_finish(const LowbitLayer* layer, const void* x, const float* queries,
-                                          const LowbitCache* cache, const LowbitMask* mask, int32_t batch, int32_t tokens,
-                                          void* y);
+LOWBIT_EXPORT int32_t lowbit_layer_finish(const LowbitLayer* layer, const LowbitTokens* in, const float* queries,
+                                          const LowbitCache* cache, const LowbitMask* mask, void* y);
+// Both, one behind the other, over one cache.
+LOWBIT_EXPORT int32_t lowbit_layer(const LowbitLayer* layer, const LowbitTokens* in, const LowbitCache* cache,
+                                   const LowbitMask* mask, void* y);
 // The rest of lowbit_layer_finish where attention was done elsewhere: mixed float [batch, tokens, heads, dim] is its output.
 LOWBIT_EXPORT int32_t lowbit_layer_output(const LowbitLayer* layer, const void* x, const float* mixed, int64_t rows, void* y);

@@ -6,7 +6,6 @@
 
 #include "body.h"
 #include "lowbit_cpu.h"
-#include "threads.h"
 
 namespace lowbit {
 namespace {
@@ -67,20 +66,4 @@ int32_t lowbit_set_isa(const char* name) {
     const Body* found = named(name);
     if (found) current().store(found, std::memory_order_relaxed);
     return found != nullptr;
-}
-
-uint64_t lowbit_read_probe(const void* data, int64_t bytes, int32_t threads) {
-    std::atomic<uint64_t> total{0};
-    const uint64_t* words = static_cast<const uint64_t*>(data);
-    const int64_t chunk = 1 << 16;
-    parallel_for(bytes / 8 / chunk, 4, threads, [&](int64_t first, int64_t last) {
-        uint64_t lanes[8] = {};
-        for (int64_t i = first * chunk; i < last * chunk; i += 8) {
-            for (int k = 0; k < 8; ++k) lanes[k] += words[i + k];
-        }
-        uint64_t sum = 0;
-        for (uint64_t lane : lanes) sum += lane;
-        total.fetch_add(sum, std::memory_order_relaxed);
-    });
-    return total.load();
 }

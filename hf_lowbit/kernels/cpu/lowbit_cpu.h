@@ -80,5 +80,3 @@ LOWBIT_EXPORT int32_t lowbit_linear_codes(const void* matrix, int64_t bytes, con
 // Rows `ids` of the dense matrix, [count, columns] of `dtype`, bit for bit what the reference decodes.
 LOWBIT_EXPORT int32_t lowbit_rows(const void* matrix, int64_t bytes, const int64_t* ids, int64_t count, int32_t dtype, void* out,
                                   int32_t threads);
-// Sum of all 8-byte words of a buffer: the read-bandwidth probe of the benchmarks.
-LOWBIT_EXPORT uint64_t lowbit_read_probe(const void* data, int64_t bytes, int32_t threads);
