@@ -12,7 +12,7 @@ from ctypes import POINTER, c_char_p, c_int32, c_int64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_FILE = Path(__file__).with_name("_lowbit_cpu.so")
 REBUILD = "Install hf-lowbit again where a C++17 compiler is present (in a checkout: pip install -e .)."
 

@@ -13,7 +13,7 @@
 #endif
 
 // Raised by one whenever a signature, a struct or the prepared form changes; Python refuses a library of another version.
-#define LOWBIT_ABI_VERSION 3
+#define LOWBIT_ABI_VERSION 4
 
 enum LowbitDtype { LOWBIT_F32 = 0, LOWBIT_BF16 = 1, LOWBIT_F16 = 2 };
 enum LowbitMode { LOWBIT_AUTO = 0, LOWBIT_INT8 = 1, LOWBIT_EXACT = 2 };
