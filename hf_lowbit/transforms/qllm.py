@@ -25,7 +25,7 @@ from hf_lowbit.transforms.search import FLOOR
 
 # Every so many tokens of a sample one is kept for judging.
 JUDGED = 4
-# Added to the squares of a fit, as a share of their mean.
+# Added to the squares of a fit, as a share of them.
 DAMPING = 1e-3
 LEARNING_RATE = 5e-4
 # Tokens of a step of the correction, and steps after which it is looked at.
@@ -119,8 +119,8 @@ def merging_cost(sample: Tensor, matrices: Sequence[Tensor]) -> Tensor:
 
 
 def damped(square: Tensor) -> Tensor:
-    """Second moments float64 ``[n, n]`` that can be inverted."""
-    return square + (DAMPING * square.diagonal().mean() + 1e-30) * torch.eye(len(square), dtype=square.dtype)
+    """Second moments float64 ``[n, n]`` that can be inverted; each channel by its own size, lest outliers drown it."""
+    return square + torch.diag(DAMPING * square.diagonal() + 1e-30)
 
 
 def assemble(counts: Tensor, cost: Tensor) -> Assembly | None:
