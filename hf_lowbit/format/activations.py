@@ -154,10 +154,18 @@ class Activations:
             self._merged(x) - numbers(self.tensors["shift"]).to(x) if self.layout.shifted else self._merged(x)
         )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """What reaches the matrix for inputs ``[.., in]``, in their dtype; rounded as it would be on integer hardware."""
+    def __call__(self, x: Tensor, steps: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """What reaches the matrix for inputs ``[.., in]``, in their dtype; rounded as it would be on integer hardware.
+
+        Args:
+            steps: (step, zero point) ``[steps]`` in the place of the stored ones, to learn them: gradients then pass
+                rounding but not clipping, and reach the steps (LSQ+, arXiv 2004.09576). Without, they pass as if nothing
+                were rounded.
+        """
         y = self.rewritten(x.float())
-        if self.layout.spec is not None:  # gradients pass as if nothing were rounded
+        if steps is not None:
+            y = self.rounded(y, steps)
+        elif self.layout.spec is not None:
             y = y + (self.rounded(y) - y).detach() if y.requires_grad else self.rounded(y)
         if self.layout.shifted:
             y = y + self._turned(numbers(self.tensors["shift"]).to(y))
@@ -167,23 +175,31 @@ class Activations:
         """The same without rounding: the linear map that the matrix was rewritten for."""
         return self._turned(self._merged(x))
 
-    def rounded(self, y: Tensor) -> Tensor:
-        """Rewritten inputs ``[.., in]`` rounded to integers and back."""
+    def rounded(self, y: Tensor, steps: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Rewritten inputs ``[.., in]`` rounded to integers and back, with the stored steps unless told."""
         spec, high = self.layout.spec, self.layout.high
         assert spec is not None
-        step, zero = self.tensors.get("step"), self.tensors.get("zero")
+        if steps is None and "step" in self.tensors:
+            steps = numbers(self.tensors["step"]), self.tensors["zero"]
         if not high:
-            return _round(y, spec, spec.bits, None if step is None else numbers(step), zero)
+            return _round(y, spec, spec.bits, steps)
         places = self.tensors["high"].long()
         low = torch.ones(y.shape[-1], dtype=torch.bool, device=y.device)
         low[places] = False
         out = torch.empty_like(y)
         cut = self.low_steps
-        parts = (None, None) if step is None else (numbers(step)[:cut], numbers(step)[cut:])
-        zeros = (None, None) if zero is None else (zero[:cut], zero[cut:])
-        out[..., low] = _round(y[..., low], spec, spec.bits, parts[0], zeros[0])
-        out[..., places] = _round(y[..., places], spec, self.layout.high_bits, parts[1], zeros[1])
+        first, last = (None, None) if steps is None else ((steps[0][:cut], steps[1][:cut]), (steps[0][cut:], steps[1][cut:]))
+        out[..., low] = _round(y[..., low], spec, spec.bits, first)
+        out[..., places] = _round(y[..., places], spec, self.layout.high_bits, last)
         return out
+
+    def steps(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps and zero points ``[steps]`` for the lowest and highest value of each part, in the order they are stored."""
+        spec, cut = self.layout.spec, self.low_steps
+        assert spec is not None
+        parts = ((slice(None, cut), spec.bits), (slice(cut, None), self.layout.high_bits))
+        found = [step_and_zero(low[part], high[part], spec, bits) for part, bits in parts]
+        return torch.cat([step for step, _ in found]), torch.cat([zero for _, zero in found])
 
     @property
     def low_steps(self) -> int:
@@ -215,19 +231,23 @@ class Activations:
         return rotate(x) if self.layout.rotated else x
 
 
-def _round(y: Tensor, spec: ActivationSpec, bits: int, step: Tensor | None, zero: Tensor | None) -> Tensor:
+def _nearest(x: Tensor) -> Tensor:
+    """Rounded, for gradients the identity; the sum is exact, since ``round(x) - x`` is."""
+    return x + (torch.round(x) - x).detach() if x.requires_grad else torch.round(x)
+
+
+def _round(y: Tensor, spec: ActivationSpec, bits: int, steps: tuple[Tensor, Tensor] | None) -> Tensor:
     """Round ``y`` ``[.., n]``; static steps and zeros are ``[1]`` or one for each group."""
     grouped, n = spec.per == "group", y.shape[-1]
     if grouped:
         padding = -n % spec.group_size
         y = torch.nn.functional.pad(y, (0, padding)).unflatten(-1, (-1, spec.group_size))
-    if step is None:
-        step, zero = steps_of(y, spec, bits)
-    elif grouped:
-        step, zero = step[:, None], None if zero is None else zero[:, None]
-    codes = torch.round(y / step) + (0 if zero is None else zero)
+    step, zero = steps_of(y, spec, bits) if steps is None else steps
+    if steps is not None and grouped:
+        step, zero = step[:, None], zero[:, None]
+    codes = _nearest(y / step) + zero
     low, top = (1 - (1 << (bits - 1)), (1 << (bits - 1)) - 1) if spec.symmetric else (0, (1 << bits) - 1)
-    out = (codes.clamp(low, top) - (0 if zero is None else zero)) * step
+    out = (codes.clamp(low, top) - zero) * step
     return out.flatten(-2)[..., :n] if grouped else out
 
 
@@ -245,4 +265,4 @@ def step_and_zero(low: Tensor, high: Tensor, spec: ActivationSpec, bits: int) ->
         step = torch.maximum(-low, high) / ((1 << (bits - 1)) - 1)
         return step.clamp_min(SMALLEST_STEP), torch.zeros_like(step)
     step = ((high - low) / ((1 << bits) - 1)).clamp_min(SMALLEST_STEP)
-    return step, torch.round(-low / step)
+    return step, _nearest(-low / step)

@@ -234,6 +234,30 @@ def _linear_many(x: Tensor, matrices: Sequence[Tensor], rows: Sequence[int], mod
     return ys
 
 
+def linear_codes(codes: Tensor, matrix: Tensor, rows: int) -> Tensor:
+    """Products in whole numbers of inputs that were rounded already, times the scale of each row.
+
+    Args:
+        codes: int8 ``[n, in]``.
+        matrix: prepared, of one stage with integer levels and one scale per row, without any other term.
+        rows: its rows.
+
+    Returns:
+        float32 ``[n, rows]``.
+    """
+    return ops.OPS.cpu_linear_codes(codes, matrix, rows)
+
+
+def _linear_codes(codes: Tensor, matrix: Tensor, rows: int) -> Tensor:
+    columns = _columns_of(matrix, rows)
+    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != columns or codes.device.type != "cpu":
+        raise BadRequest(f"the matrix takes int8 codes [n, {columns}] on the CPU, got {codes.dtype} {list(codes.shape)}.")
+    codes, y = codes.contiguous(), torch.empty(len(codes), rows)
+    where = matrix.data_ptr(), matrix.numel(), codes.data_ptr(), len(codes), columns
+    checked(loaded().lowbit_linear_codes(*where, y.data_ptr(), torch.get_num_threads()))
+    return y
+
+
 def _rows(ids: Tensor, matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     if _columns_of(matrix, rows) != columns or dtype not in DTYPES:
         raise BadRequest(f"cannot decode rows of {columns} {dtype} numbers from this matrix.")
@@ -271,6 +295,8 @@ _FUNCTIONS = (
      _linear_train, lambda x, matrix, rows, mode, bias, tensors, layout: x.new_empty(*x.shape[:-1], rows)),
     ("cpu_linear_many(Tensor x, Tensor[] matrices, int[] rows, int mode) -> Tensor[]", _linear_many,
      lambda x, matrices, rows, mode: [x.new_empty(*x.shape[:-1], count) for count in rows]),
+    ("cpu_linear_codes(Tensor codes, Tensor matrix, int rows) -> Tensor", _linear_codes,
+     lambda codes, matrix, rows: codes.new_empty(codes.shape[0], rows, dtype=torch.float32)),
     ("cpu_rows(Tensor ids, Tensor matrix, int rows, int columns, ScalarType dtype) -> Tensor", _rows,
      lambda ids, matrix, rows, columns, dtype: ids.new_empty(*ids.shape, columns, dtype=dtype)),
 )  # fmt: skip

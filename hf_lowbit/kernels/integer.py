@@ -1,25 +1,31 @@
-"""Products of rounded activations and low-bit matrices in whole numbers.
+"""Products of rounded activations and low-bit matrices in whole numbers, by the compiled CPU kernels.
 
-``y[n, o] = step[n] scale[o] sum_i (q[n, i] - zero[n]) l[o, i]``: the sum is of int8 products in int32, exact, with the zero
-point taken out by the row sums of the levels. What is left in float is the rounding of the inputs itself and one
-multiplication per output. It serves matrices of one stage with one scale per row and integer levels, and activations with
-one step per token or tensor; everything else is simulated (``hf_lowbit.format.activations``).
+``y[n, o] = step[n] (scale[o] sum_i (q[n, i] - m) l[o, i] + (m - zero[n]) scale[o] sum_i l[o, i])`` with the middle m of
+the codes: the first sum is of int8 products (``lowbit_linear_codes``), the second stored. What is left in float is the
+rounding of the inputs itself and two multiplications per output. Codes of the matrix stay packed at their own width. It
+serves matrices of one stage with one scale per row and integer levels, and activations with one step per token or tensor;
+everything else is simulated (``hf_lowbit.format.activations``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_lowbit.format.activations import ActivationLayout, Activations, numbers, steps_of
+from hf_lowbit.format.packing import pack
 from hf_lowbit.format.tensor import LowBitTensor
+from hf_lowbit.kernels import cpu, cpu_library
+from hf_lowbit.kernels.cpu_repack import repack, unsupported
 
 # Codes of 8 bits and levels of 8 bits: their products stay below 2**15, so that many of them fit int32.
 MOST_INPUTS = 1 << 16
+# Bits up to which the kernels look levels up; wider ones must be consecutive.
+MOST_LOOKED_UP = 6
 _allowed = True
 
 
@@ -40,14 +46,14 @@ class Part:
 
     Attributes:
         columns: int64, which; None all.
-        levels: int8 ``[out, n]``.
-        sums: int32 ``[out]``, row sums of ``levels``.
+        matrix: uint8, prepared (``cpu_repack.repack``).
+        sums: float32 ``[out]``, row sums of the levels times the scales.
         bits: of the inputs' codes.
         steps: (step float32 ``[1]``, zero ``[1]``) if they are static.
     """
 
     columns: Tensor | None
-    levels: Tensor
+    matrix: Tensor
     sums: Tensor
     bits: int
     steps: tuple[Tensor, Tensor] | None
@@ -59,14 +65,14 @@ class IntegerMatrix:
 
     Attributes:
         parts: of its columns.
-        scale: float32 ``[out]``.
+        rows: of the matrix.
         offset: float32 ``[out]``, what the shift of its inputs gives; None without.
         activations: what is done to its inputs.
         record: the stored matrix, for gradients.
     """
 
     parts: tuple[Part, ...]
-    scale: Tensor
+    rows: int
     offset: Tensor | None
     activations: Activations
     record: LowBitTensor
@@ -80,19 +86,18 @@ class IntegerMatrix:
         for part in self.parts:
             own = y if part.columns is None else y[:, part.columns]
             step, zero = part.steps if part.steps is not None else steps_of(own, spec, part.bits)
-            low = 1 - (1 << (part.bits - 1)) if spec.symmetric else 0
-            high = (1 << (part.bits - 1)) - 1 if spec.symmetric else (1 << part.bits) - 1
-            codes = (torch.round(own / step) + zero).clamp_(low, high)
             middle = 0 if spec.symmetric else 1 << (part.bits - 1)
-            sums = torch._int_mm((codes - middle).to(torch.int8), part.levels.T)
-            whole = sums + (middle - zero).to(torch.int32) * part.sums
-            scaled = whole.to(torch.float32) * step
-            total = scaled if total is None else total + scaled
+            low = 1 - (1 << (part.bits - 1)) if spec.symmetric else -middle
+            codes = torch.round(own / step).add_(zero - middle).clamp_(low, (1 << (part.bits - 1)) - 1).to(torch.int8)
+            found = cpu.linear_codes(codes, part.matrix, self.rows)
+            if not spec.symmetric:
+                found.addcmul_((middle - zero).view(-1, 1), part.sums)
+            found *= step
+            total = found if total is None else total.add_(found)
         assert total is not None
-        out = total * self.scale
         for more in (self.offset, bias):
-            out = out if more is None else out + more.float()
-        return out.to(x.dtype).view(*x.shape[:-1], -1)
+            total = total if more is None else total + more.float()
+        return total.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def unfit(tensor: LowBitTensor, layout: ActivationLayout) -> str | None:
@@ -102,15 +107,18 @@ def unfit(tensor: LowBitTensor, layout: ActivationLayout) -> str | None:
         return "its inputs are not rounded"
     if spec.per == "group":
         return "its inputs have a step per group"
-    if not _allowed or not hasattr(torch, "_int_mm") or tensor.device.type != "cpu":
+    if not _allowed or tensor.device.type != "cpu":
         return "not on this device"
-    if len(stored.shape) != 2 or len(stored.stages) != 1 or stored.outliers or stored.rank or stored.permuted:
+    if reason := cpu_library.trouble() or unsupported(stored):
+        return reason
+    if len(stored.stages) != 1 or stored.outliers or stored.rank or stored.permuted:
         return "it has more than one stage, outliers, a low-rank term or a permutation"
     stage = stored.stages[0]
     if stage.offset or stage.zero or stage.rows is not None or stage.group_size < stored.in_features:
         return "it has more than one scale per row, or offsets"
     table = tensor.table()
-    if bool((table != table.round()).any()) or float(table.abs().max()) > 128 or len(table) > 1:
+    wide = stage.bits > MOST_LOOKED_UP and stage.levels.family not in ("uniform", "integer")
+    if wide or bool((table != table.round()).any()) or float(table.abs().max()) > 128 or len(table) > 1:
         return f"its levels ({stage.levels.family}) are no integers of 8 bits"
     return None if stored.in_features < MOST_INPUTS else "its rows are longer than int32 sums allow"
 
@@ -119,8 +127,7 @@ def integer_matrix(tensor: LowBitTensor, activations: Activations) -> IntegerMat
     """The prepared form of a matrix that :func:`unfit` finds nothing against."""
     layout, spec = activations.layout, activations.layout.spec
     assert spec is not None
-    levels = tensor.table()[0][tensor.codes().long()][:, : layout.in_features].to(torch.int8).contiguous()
-    scale = tensor.scales().float()[:, 0]
+    scale, table, codes = tensor.scales().float()[:, 0], tensor.table()[0], tensor.codes()
     steps = None
     if spec.static:
         step, zero = numbers(activations.tensors["step"]), activations.tensors["zero"].float()
@@ -133,10 +140,18 @@ def integer_matrix(tensor: LowBitTensor, activations: Activations) -> IntegerMat
         chosen = [(low.nonzero().flatten(), spec.bits), (high, layout.high_bits)]
     parts = []
     for number, (columns, bits) in enumerate(chosen):
-        own = levels if columns is None else levels[:, columns].contiguous()
+        own = tensor if columns is None else _columns(tensor, codes, columns)
+        levels = table[(codes if columns is None else codes[:, columns]).long()]
         fixed = None if steps is None else steps[number]
-        parts.append(Part(columns, own, own.sum(1, dtype=torch.int32), bits, fixed))
+        parts.append(Part(columns, repack(own), levels.sum(1) * scale, bits, fixed))
     offset = None
     if layout.shifted:
         offset = tensor.dequantize() @ activations.exact(numbers(activations.tensors["shift"]))
-    return IntegerMatrix(tuple(parts), scale, offset, activations, tensor)
+    return IntegerMatrix(tuple(parts), len(scale), offset, activations, tensor)
+
+
+def _columns(tensor: LowBitTensor, codes: Tensor, columns: Tensor) -> LowBitTensor:
+    """The record of some columns, int64 ``[n]``, of a matrix with one scale per row."""
+    layout = replace(tensor.layout, shape=(tensor.layout.rows, len(columns)))
+    packed = pack(codes[:, columns], layout.stages[0].bits)
+    return LowBitTensor(layout, {**tensor.tensors, "codes": packed})

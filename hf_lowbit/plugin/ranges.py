@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.errors import LowBitError
-from hf_lowbit.format.activations import Activations, step_and_zero
+from hf_lowbit.format.activations import Activations
 from hf_lowbit.kernels import integer
 from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.modules import ActivationQuantizer, LowBitLinear
@@ -44,6 +45,20 @@ class ModelRanges(RangeBench):
                 self._expected = [self._run(ids) for ids in some]
         errors = [float((self._run(ids) - wanted).pow(2).mean()) for ids, wanted in zip(some, self._expected, strict=True)]
         return sum(errors) / len(errors)
+
+    def batches(self) -> int:
+        """Windows that :meth:`loss` does not see, or all where there are no others."""
+        assert self.windows is not None
+        return max(1, len(self.windows) - self.judged) if len(self.windows) > 1 else 1
+
+    def error(self, ranges: Mapping[str, tuple[Tensor, Tensor]], batch: int) -> Tensor:
+        """Mean squared error of the outputs on one window, with gradients to the ranges."""
+        assert self.windows is not None
+        ids = self.windows[-1 - batch][None]
+        with torch.no_grad(), unrounded(self.model):
+            wanted = self._run(ids)
+        with torch.enable_grad(), replaced(self.model, ranges):
+            return (self._run(ids) - wanted).pow(2).mean()
 
     def _run(self, ids: Tensor) -> Tensor:
         return self.model(input_ids=ids.to(self.model.device), **_no_cache(self.model))[0].float()
@@ -91,18 +106,37 @@ def look(model: Any, windows: Tensor) -> dict[str, Extremes]:
     }
 
 
-class unrounded:
+@contextmanager
+def unrounded(model: nn.Module) -> Iterator[None]:
     """Lets a quantized model run with its activations rewritten but not rounded."""
+    with _instead({module: module.activations.exact for module in _quantizers(model).values()}):
+        yield
 
-    def __init__(self, model: nn.Module) -> None:
-        self._quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
 
-    def __enter__(self) -> None:
-        for module in self._quantizers:
-            module.forward = module.activations.exact  # type: ignore[method-assign]
+@contextmanager
+def replaced(model: nn.Module, ranges: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Lets a quantized model round by (lowest, highest) values ``[steps]`` that gradients reach."""
+    found = _quantizers(model)
+    with _instead({found[name]: _learning(found[name].activations, *ends) for name, ends in ranges.items()}):
+        yield
 
-    def __exit__(self, *error: object) -> None:
-        for module in self._quantizers:
+
+def _learning(activations: Activations, low: Tensor, high: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: activations(x, activations.steps(low, high))
+
+
+def _quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, ActivationQuantizer)}
+
+
+@contextmanager
+def _instead(forwards: Mapping[ActivationQuantizer, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        for module in forwards:
             del module.__dict__["forward"]
 
 
@@ -123,16 +157,10 @@ def extremes_of(activations: Activations, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _put(module: Any, low: Tensor, high: Tensor) -> None:
-    layout = module.layout
-    cut = module.activations.low_steps
-    steps, zeros = [], []
-    for part, bits in ((slice(None, cut), layout.spec.bits), (slice(cut, None), layout.high_bits)):
-        step, zero = step_and_zero(low[part], high[part], layout.spec, bits)
-        steps.append(step)
-        zeros.append(zero)
+    step, zero = module.activations.steps(low, high)
     device = module.step.device
-    module.step = torch.cat(steps).float().view(torch.int32).to(device)
-    module.zero = torch.cat(zeros).to(torch.int32).to(device)
+    module.step = step.float().view(torch.int32).to(device)
+    module.zero = zero.to(torch.int32).to(device)
 
 
 def _no_cache(model: Any) -> dict[str, bool]:

@@ -24,8 +24,9 @@ from hf_lowbit.transforms.intake import Intakes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Tokens kept of each site for searches, and tokens of one forward pass that gathers them.
-SAMPLE = 2048
+# Tokens kept of each site for searches and fits: so many at least, and more where channels are few.
+SAMPLE, SAMPLE_NUMBERS = 2048, 1 << 21
+# Tokens of one forward pass that gathers them.
 TOKENS_PER_PASS = 2048
 # A range found on fewer tokens is that of those tokens.
 FEWEST_TOKENS = 128
@@ -213,7 +214,8 @@ class _Exact:
 @torch.no_grad()
 def _gather(model: Any, sites: Sequence[Site], windows: Tensor, intakes: Intakes) -> dict[int, SiteInputs]:
     """Run the calibration windows once and look at every site."""
-    sums = {site.source: _Sums(max(1, windows.numel() // SAMPLE)) for site in sites}
+    kept = {site.source: max(SAMPLE, SAMPLE_NUMBERS // site.size) for site in sites}
+    sums = {source: _Sums(max(1, windows.numel() // tokens)) for source, tokens in kept.items()}
     handles = []
     with unrounded(model, intakes):
         for site in sites:

@@ -1,5 +1,7 @@
 """The equivalence algebra: scale, shift and rotation of a site, folded into its producer and all of its readers.
 
+What no producer can take over stays at run time before one reader, which takes the inverse.
+
 With row vectors and ``y = x W^T + b``, a site's tensor ``x`` becomes ``(x - z) / s`` or ``x Q``; the producer takes that
 over and every reader its inverse, so the function stays. All arithmetic is float64; a parameter is rounded once to its own
 dtype when it is written back.
@@ -16,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_lowbit.errors import BadRequest, WeightError
+from hf_lowbit.format.hadamard import rotate, unrotate
 from hf_lowbit.transforms.graph import Graph, Producer, Reader, Site
+from hf_lowbit.transforms.intake import Before
 
 
 class Weights:
@@ -64,22 +68,34 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Scale:
-    """Divide the channels of a site by ``factor``, float64 ``[size]``, and multiply its readers' columns."""
+    """Divide the channels of a site by ``factor``, float64 ``[size]``, and multiply its readers' columns.
+
+    The division goes into the producer, or stays at run time ``before`` one of the readers, which alone makes up for it.
+    """
 
     site: Site
     factor: Tensor
+    before: Before | None = None
 
     def apply(self, weights: Weights) -> None:
         """Rewrite producer and readers.
 
         Raises:
             BadRequest: the site cannot be folded, or factors that are not finite, not the same over heads that share a
-                channel, zero, or negative behind a ReLU.
+                channel, zero, or negative behind a ReLU; before one reader, inputs that are rotated already.
         """
-        producer = _foldable(self.site)
         factor = self.factor.to(torch.float64)
         if not bool(torch.isfinite(factor).all()) or bool((factor == 0).any()):
             raise BadRequest(f"{self.site.name}: a scale must be finite and not zero.")
+        if self.before is None:
+            self._fold(weights, factor)
+        else:
+            self.before.divide(factor[self.before.reader.columns])
+        for reader in self.site.readers if self.before is None else (self.before.reader,):
+            weights[reader.weight] = _times(weights[reader.weight], reader.axis, factor[reader.columns])
+
+    def _fold(self, weights: Weights, factor: Tensor) -> None:
+        producer = _foldable(self.site)
         if "relu" in producer.through and bool((factor < 0).any()):
             raise BadRequest(f"{self.site.name}: a negative scale does not pass a ReLU.")
         own = _per_producer(self.site, factor)
@@ -89,8 +105,6 @@ class Scale:
             weights[producer.weight] = _times(weights[producer.weight], producer.axis, 1 / own)
         if producer.bias is not None:
             weights[producer.bias] = weights[producer.bias] / own
-        for reader in self.site.readers:
-            weights[reader.weight] = _times(weights[reader.weight], reader.axis, factor[reader.columns])
 
     def inverse(self) -> Scale:
         """Scale by the reciprocals."""
@@ -98,22 +112,29 @@ class Scale:
 
     def describe(self) -> dict[str, str]:
         """Kind, site and a digest of the factors."""
-        return {"kind": "scale", "site": self.site.name, "digest": digest(self.factor)}
+        return {"kind": "scale", "site": _place(self.site, self.before), "digest": digest(self.factor)}
 
 
 @dataclass(frozen=True)
 class Shift:
-    """Subtract ``offset``, float64 ``[size]``, from the channels of a site; its readers' biases make up for it."""
+    """Subtract ``offset``, float64 ``[size]``, from the channels of a site; its readers' biases make up for it.
+
+    ``before`` one reader, the shift is subtracted at run time and given back after rounding, so that no bias is needed.
+    """
 
     site: Site
     offset: Tensor
+    before: Before | None = None
 
     def apply(self, weights: Weights) -> None:
         """Rewrite the producer's bias and the readers'.
 
         Raises:
-            BadRequest: a map a shift does not pass, or a bias that is not there.
+            BadRequest: a map a shift does not pass, or a bias that is not there; before one reader, inputs that are rotated
+                already.
         """
+        if self.before is not None:
+            return self.before.subtract(self.offset.to(torch.float64)[self.before.reader.columns])
         producer = _foldable(self.site)
         if set(producer.through) - {"attention"}:
             raise BadRequest(f"{self.site.name}: a shift does not pass {' and '.join(producer.through)}.")
@@ -128,6 +149,7 @@ class Shift:
             assert reader.bias is not None
             restored = weights[reader.weight].transpose(reader.axis, -1) @ offset[reader.columns]
             weights[reader.bias] = weights[reader.bias] + restored
+        return None
 
     def inverse(self) -> Shift:
         """Shift back."""
@@ -135,7 +157,7 @@ class Shift:
 
     def describe(self) -> dict[str, str]:
         """Kind, site and a digest of the offsets."""
-        return {"kind": "shift", "site": self.site.name, "digest": digest(self.offset)}
+        return {"kind": "shift", "site": _place(self.site, self.before), "digest": digest(self.offset)}
 
 
 @dataclass(frozen=True)
@@ -233,6 +255,57 @@ class RotateResidual:
         return {"kind": "rotate_residual", "site": "residual stream", "digest": digest(self.matrix)}
 
 
+@dataclass(frozen=True)
+class Rotate:
+    """Rotate the inputs of one matrix by a Hadamard matrix at run time."""
+
+    before: Before
+    back: bool = False
+
+    def apply(self, weights: Weights) -> None:
+        """Rewrite the matrix and note the rotation.
+
+        Raises:
+            BadRequest: its inputs are rotated already.
+        """
+        reader, intake = self.before.reader, self.before.intake
+        if intake.rotated != self.back:
+            raise BadRequest(f"{reader.weight}: its inputs are {'not ' * self.back}rotated already.")
+        turn = unrotate if self.back else rotate
+        weights[reader.weight] = turn(weights[reader.weight].transpose(reader.axis, -1)).transpose(reader.axis, -1)
+        intake.rotated = not self.back
+
+    def inverse(self) -> Rotate:
+        """Rotate back."""
+        return replace(self, back=not self.back)
+
+    def describe(self) -> dict[str, str]:
+        """Kind and matrix."""
+        return {"kind": "rotate", "site": self.before.reader.weight, "digest": "hadamard"}
+
+
+@dataclass(frozen=True)
+class Widen:
+    """Round some input channels of one matrix, int64 ``channels``, to more bits; none of them takes it back."""
+
+    before: Before
+    channels: Tensor
+    bits: int = 8
+
+    def apply(self, weights: Weights) -> None:
+        """Note the channels."""
+        intake = self.before.intake
+        intake.high, intake.high_bits = (self.channels if len(self.channels) else None), self.bits
+
+    def inverse(self) -> Widen:
+        """All channels alike."""
+        return replace(self, channels=self.channels[:0])
+
+    def describe(self) -> dict[str, str]:
+        """Kind, matrix and a digest of the channels."""
+        return {"kind": "widen", "site": self.before.reader.weight, "digest": digest(self.channels)}
+
+
 def gain_of(weights: Weights, site: Site) -> Tensor:
     """The gain of the norm that produces a site, float64 ``[size]``."""
     producer = _foldable(site)
@@ -255,6 +328,10 @@ def check_orthogonal(matrix: Tensor, where: str) -> None:
 def digest(values: Tensor) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of some numbers as float64."""
     return hashlib.sha256(values.detach().to(torch.float64).contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _place(site: Site, before: Before | None) -> str:
+    return site.name if before is None else before.reader.weight
 
 
 def _foldable(site: Site) -> Producer:

@@ -23,13 +23,7 @@ SMALLEST = 1e-4
 def awq(bench: Bench, options: Mapping[str, Any]) -> None:
     """Scale every site, each by the power that loses least."""
     grid = int(options["grid"])
-    for site in bench.graph.sites:
-        if not bench.matrices(site):
-            continue
-        seen = bench.inputs(site)
-        if seen is None:
-            bench.skip(site, "no calibration text reached it")
-            continue
+    for site, _, seen in bench.watched():
         loss = site_loss(bench, site, seen.sample)
         mean = shared(site, seen.mean.clamp_min(SMALLEST))
         candidates = []

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from hf_lowbit.transforms.graph import Site
 from hf_lowbit.transforms.registry import Bench, transform
-from hf_lowbit.transforms.search import shared, site_loss
-
-# Smallest threshold tried, as a share of the largest input.
-FLOOR = 0.02
+from hf_lowbit.transforms.search import FLOOR, shared, site_loss
 
 
 @transform(
@@ -29,13 +26,7 @@ FLOOR = 0.02
 )
 def outlier_suppression_plus(bench: Bench, options: Mapping[str, Any]) -> None:
     """Shift and scale every site."""
-    for site in bench.graph.sites:
-        if not bench.matrices(site):
-            continue
-        seen = bench.inputs(site)
-        if seen is None:
-            bench.skip(site, "no calibration text reached it")
-            continue
+    for site, _, seen in bench.watched():
         offset = (seen.high + seen.low) / 2 if options["shift"] else torch.zeros(site.size)
         factor, centred = search(bench, site, seen.sample, seen.low, seen.high, offset, int(options["grid"]))
         if factor is not None:

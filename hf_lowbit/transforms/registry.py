@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from hf_lowbit.errors import BadRequest, unknown_name
 from hf_lowbit.format.activations import ActivationSpec
-from hf_lowbit.transforms.algebra import Scale, Step, Weights
-from hf_lowbit.transforms.graph import Graph, Reader, Site
-from hf_lowbit.transforms.intake import Divide, Intakes, Rotate, Subtract
+from hf_lowbit.transforms.algebra import Rotate, Scale, Shift, Step, Weights
+from hf_lowbit.transforms.graph import Graph, Site
+from hf_lowbit.transforms.intake import Before, Intakes
 
 # ``scale``: shifts and scales channels. ``rotation``: mixes them, so that none can follow. ``range``: where to clip.
 Kind = Literal["scale", "rotation", "range"]
@@ -89,26 +89,41 @@ class Bench(ABC):
         """Divide a site's channels by ``factor`` ``[size]``: in its producer, or at run time where that cannot be."""
         if site.producer is not None:
             return self.apply(Scale(site, factor))
-        for reader in self.at_run_time(site):
-            self.apply(Divide(self.intakes, reader, factor[reader.columns]))
+        for place in self.places(site):
+            self.apply(Scale(site, factor, place))
+        return None
 
     def subtract(self, site: Site, offset: Tensor) -> None:
         """Subtract ``offset`` ``[size]`` from a site's channels before they are rounded."""
-        for reader in self.at_run_time(site):
-            self.apply(Subtract(self.intakes, reader, offset[reader.columns]))
+        for place in self.places(site):
+            self.apply(Shift(site, offset, place))
 
     def rotate(self, site: Site) -> None:
         """Rotate a site's channels at run time."""
-        for reader in self.at_run_time(site):
-            self.apply(Rotate(self.intakes, reader))
+        for place in self.places(site):
+            self.apply(Rotate(place))
 
-    def at_run_time(self, site: Site) -> list[Reader]:
-        """The readers of a site that can have something before them; notes the others."""
-        found = [reader for reader in site.readers if reader.weight in self.low_bit]
+    def places(self, site: Site) -> list[Before]:
+        """Where something can stay at run time: before a site's low-bit readers; notes the others."""
+        low = [reader for reader in site.readers if reader.weight in self.low_bit]
         for reader in site.readers:
-            if reader not in found:
+            if reader not in low:
                 self.skipped.append((reader.weight, "no low-bit linear layer, so nothing can stay before it at run time"))
-        return found
+        return [Before(self.intakes, reader) for reader in low]
+
+    def watched(self, *kinds: str) -> Iterator[tuple[Site, list[Tensor], SiteInputs]]:
+        """Each site of some ``kinds`` (all without) that low-bit matrices read, with those and what calibration saw of it.
+
+        Sites that no calibration text reached are noted as left alone.
+        """
+        for site in self.graph.sites:
+            if (kinds and site.kind not in kinds) or not (matrices := self.matrices(site)):
+                continue
+            seen = self.inputs(site)
+            if seen is None:
+                self.skip(site, "no calibration text reached it")
+            else:
+                yield site, matrices, seen
 
     def matrices(self, site: Site) -> list[Tensor]:
         """The low-bit readers of a site as float32 ``[out, in]``, their inputs in the order of the site's channels."""
@@ -147,6 +162,14 @@ class RangeBench(ABC):
     @abstractmethod
     def loss(self) -> float:
         """Error that rounding makes at the model's outputs with the ranges in force."""
+
+    @abstractmethod
+    def batches(self) -> int:
+        """Batches of calibration text that ranges can be learned on."""
+
+    @abstractmethod
+    def error(self, ranges: Mapping[str, tuple[Tensor, Tensor]], batch: int) -> Tensor:
+        """The same on one batch with these ranges, and with gradients to them."""
 
 
 Body = Callable[[Any, Mapping[str, Any]], None]

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_lowbit.transforms.algebra import RotateHeads, RotateResidual
+from hf_lowbit.transforms.algebra import RotateHeads, RotateResidual, Widen
 from hf_lowbit.transforms.graph import Site
 from hf_lowbit.transforms.hadamard import fold_gains
-from hf_lowbit.transforms.intake import Widen
 from hf_lowbit.transforms.registry import Bench, transform
 from hf_lowbit.transforms.rotations import random_orthogonal, residual_rotation
 
@@ -73,9 +72,8 @@ def heads(bench: Bench, site: Site, sample: Tensor, share: float, seed: int) -> 
 
 def widen(bench: Bench, site: Site, channels: Tensor) -> None:
     """Round some channels of a site to 8 bits before each of its low-bit readers."""
-    for reader in bench.at_run_time(site):
-        places = torch.isin(reader.columns, channels).nonzero().flatten()
-        bench.apply(Widen(bench.intakes, reader, places, HIGH_BITS))
+    for place in bench.places(site):
+        bench.apply(Widen(place, torch.isin(place.reader.columns, channels).nonzero().flatten(), HIGH_BITS))
 
 
 def basis(samples: list[Tensor], count: int, seed: int) -> Tensor:

@@ -13,6 +13,8 @@ from hf_lowbit.transforms.registry import Bench
 
 # Tokens a candidate is judged on.
 TOKENS = 512
+# Smallest threshold tried, as a share of the largest input.
+FLOOR = 0.02
 
 
 def shared(site: Site, factor: Tensor) -> Tensor:

@@ -22,14 +22,7 @@ SMALLEST = 1e-5
 )
 def smoothquant(bench: Bench, options: Mapping[str, Any]) -> None:
     """Scale the output of every norm that matrices alone read."""
-    for site in bench.graph.sites:
-        matrices = bench.matrices(site)
-        if site.kind != "norm" or not matrices:
-            continue
-        seen = bench.inputs(site)
-        if seen is None:
-            bench.skip(site, "no calibration text reached it")
-            continue
+    for site, matrices, seen in bench.watched("norm"):
         weight = torch.stack([matrix.abs().amax(0) for matrix in matrices]).amax(0).clamp_min(SMALLEST)
         alpha = float(options["alpha"])
         factor = (seen.largest.clamp_min(SMALLEST) ** alpha / weight ** (1 - alpha)).clamp_min(SMALLEST)

@@ -333,6 +333,34 @@ void check_packed(const std::vector<std::string>& isas) {
     }
 }
 
+// Inputs that were rounded elsewhere, -128 among them: whole numbers, the same on each.
+void check_codes(const std::vector<std::string>& isas, int bits, int batch, int threads) {
+    Shape shape = draw_shape(bits, 300);
+    shape.group = shape.columns, shape.tables = 1, shape.offsets = false, shape.linear_levels = true, shape.coded_scales = false;
+    Record record(shape);
+    record.source.outliers = 0;
+    const Prepared matrix = prepare(record, threads);
+    std::vector<int8_t> codes(size_t(batch) * record.columns);
+    for (auto& code : codes) code = draw(4) ? int8_t(draw(256)) : int8_t(-128);
+    std::vector<float> y(size_t(batch) * record.rows);
+    for (const std::string& isa : isas) {
+        choose(isa);
+        const int64_t bytes = lowbit_prepared_bytes(&record.source);
+        if (lowbit_linear_codes(matrix.get(), bytes, codes.data(), batch, record.columns, y.data(), threads)) fail("codes", bits, 0, 0, 0);
+        for (int m = 0; m < batch; ++m) {
+            for (int r = 0; r < record.rows; ++r) {
+                int64_t sum = 0, sizes = 0;
+                for (int k = 0; k < record.columns; ++k) {
+                    const int64_t one = int64_t(codes[size_t(m * record.columns + k)]) * (record.code(r, k) - (1 << bits) / 2);
+                    sum += one, sizes += std::abs(one);
+                }
+                const float wanted = float(sum) * record.scale.values[size_t(r)], found = y[size_t(m * record.rows + r)];
+                if (!(std::fabs(found - wanted) <= 2e-7f * float(sizes) * std::fabs(record.scale.values[size_t(r)]))) fail(("codes, " + isa).c_str(), bits, r, found, wanted);
+            }
+        }
+    }
+}
+
 // Several callers at once, whose calls want the same workers.
 void check_callers() {
     Shape shape{};
@@ -365,6 +393,7 @@ int main(int count, char** names) {
             check_rows(record, 1 + int(draw(4)));
         }
     }
+    for (int k = 0; k < 64; ++k) check_codes(isas, 1 + k % 8, 1 + int(draw(12)), 1 + int(draw(4)));
     for (int k = 0; k < 10; ++k) check_attention(isas, k % 2);
     for (int k = 0; k < 40; ++k) check_packed(isas);
     choose(isas[0]);

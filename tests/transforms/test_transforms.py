@@ -88,10 +88,17 @@ for name in sys.argv[2:]:
 
 
 @torch.no_grad()
-def test_a_fresh_process_loads_the_same_models(tmp_path):
+@pytest.mark.parametrize(
+    "rows",
+    [
+        pytest.param([row for row in TABLE.ROWS if row.name in ("outlier_suppression_plus", "hadamard")], id="two"),
+        pytest.param(TABLE.ROWS, id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_fresh_process_loads_the_same_models(rows, tmp_path):
     torch.save(IDS, tmp_path / "ids")
     made = {}
-    for entry in TABLE.ROWS:
+    for entry in rows:
         dense = uneven(entry.families[-1])
         dense.save_pretrained(tmp_path / "dense")
         low = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config_of(entry)).eval()
@@ -161,6 +168,34 @@ def test_requests_that_need_data_or_find_nothing_are_refused():
                 parameter.zero_()
     with pytest.raises(BadRequest, match=r"'gamma_migration' found nothing .* most of its gains are zero"):
         quantize(model, LowBitConfig(method="rtn", transforms=["gamma_migration"]))
+
+
+def test_a_model_that_cannot_be_followed_is_refused_by_name():
+    class Puzzling(type(uneven("llama"))):
+        def forward(self, pixels):  # takes no token ids
+            return pixels
+
+    model = Puzzling(uneven("llama").config)
+    with pytest.raises(BadRequest, match=r"transforms cannot follow Puzzling: TypeError: .* Leave transforms out"):
+        quantize(model, LowBitConfig(method="rtn", transforms=["hadamard"]))
+
+
+@torch.no_grad()
+def test_gains_that_are_negative_or_zero_keep_the_function():
+    model = uneven("opt")
+    for name, parameter in model.named_parameters():
+        if "layer_norm.weight" in name:
+            parameter[::7] *= -1
+            parameter[3] = 0
+    before = model(IDS).logits
+    config = LowBitConfig(method="rtn", bits=8, transforms=["gamma_migration"])
+    done = rewrite(model, config, prepare_targets(model, config), None)
+    assert done.steps
+    assert float((model(IDS).logits - before).abs().max()) < 1e-3
+    norm = next(parameter for name, parameter in model.named_parameters() if "self_attn_layer_norm.weight" in name)
+    assert float(norm.min()) > -1e-3  # signs have moved as well
+    assert float(norm[3]) == 0
+    assert float(norm.median()) == pytest.approx(1.0)
 
 
 def test_a_tied_head_is_given_its_own_table_and_that_is_said(caplog):

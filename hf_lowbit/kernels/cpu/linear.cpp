@@ -17,6 +17,9 @@ namespace {
 // A thread is worth waking for this many multiplications: 2**18 take about 10 us on one core.
 constexpr int64_t kWorkPerThread = 1 << 18;
 
+// In the place of a LowbitDtype: x are Codes, y is float.
+constexpr int kCodes = -1;
+
 void round_up(char*& at) { at = reinterpret_cast<char*>(align64(reinterpret_cast<intptr_t>(at))); }
 
 template <class T>
@@ -223,6 +226,44 @@ void place_job(Job& job, char*& at) {
     if (partial) std::memset(job.extra, 0, size_t(4 * m.rows * job.x->batch));
 }
 
+// Whether the body in use multiplies -128; AVX2's products are of sizes and signs, and -128 has no opposite.
+bool whole_range() { return std::strcmp(body().name, "avx2") != 0; }
+
+// What Activations::bias is a multiple of in the body in use.
+int32_t level_bias() {
+    const float one[kBlock] = {127};
+    int8_t code[kBlock];
+    float scale;
+    int32_t bias;
+    body().round_row(one, 1, 1, code, &scale, &bias);
+    return bias / 127;
+}
+
+// Rows of x that were rounded elsewhere. Where the body knows no -128 they take two passes: -127 in its place, then the -1 that
+// leaves.
+struct Codes {
+    const int8_t* data;
+    bool second, whole;
+    int32_t bias;
+};
+
+void fill_codes(const Matrix& m, const Codes& from, int64_t row, const Activations& x) {
+    for (int b = 0; b < m.blocks; ++b) {
+        const int64_t at = x.place(row, b), start = row * m.columns + int64_t(b) * kBlock;
+        const int count = m.columns - b * kBlock < kBlock ? m.columns - b * kBlock : kBlock;
+        int8_t* out = const_cast<int8_t*>(x.rounded) + at * kBlock;
+        std::memset(out, 0, kBlock);
+        int32_t sum = 0;
+        for (int i = 0; i < count; ++i) {
+            const int8_t code = from.data[start + i];
+            out[i] = from.whole || code != -128 ? (from.second ? int8_t(0) : code) : (from.second ? int8_t(-1) : int8_t(-127));
+            sum += out[i];
+        }
+        const_cast<float*>(x.scale)[at] = 1;
+        const_cast<int32_t*>(x.bias)[at] = from.bias * sum;
+    }
+}
+
 }  // namespace
 
 int64_t activation_bytes(int64_t batch, int32_t columns) {
@@ -240,6 +281,7 @@ void place_activations(char*& at, int64_t batch, int32_t columns, bool rounded, 
 }
 
 void fill_activations(const Matrix& m, const void* data, int dtype, int64_t row, const Activations& x) {
+    if (dtype == kCodes) return fill_codes(m, *static_cast<const Codes*>(data), row, x);
     float* values = const_cast<float*>(x.values) + row * x.blocks * kBlock;
     fill_row(m, data, row, dtype, values);
     if (x.rounded) {
@@ -285,7 +327,7 @@ int32_t linear(const Matrix* const* matrices, int count, const void* x, int64_t 
         } else {
             job.x = plain;
         }
-        job.bias = biases ? biases[i] : nullptr, job.y = ys[i], job.dtype = dtype;
+        job.bias = biases ? biases[i] : nullptr, job.y = ys[i], job.dtype = dtype == kCodes ? int(LOWBIT_F32) : dtype;
         job.first_tile = tiles, tiles += job.m->tiles;
         place_job(job, at);
     }
@@ -356,4 +398,27 @@ int32_t lowbit_linear_many(const void* const* matrices, const int64_t* bytes, in
 int32_t lowbit_columns(const void* matrix, int64_t bytes, int64_t rows) {
     const Matrix* m = static_cast<const Matrix*>(matrix);
     return bytes >= int64_t(sizeof(Matrix)) && check(matrix, bytes, m->columns) == 0 && m->rows == rows ? m->columns : 0;
+}
+
+int32_t lowbit_linear_codes(const void* matrix, int64_t bytes, const int8_t* codes, int64_t batch, int32_t columns, float* y,
+                            int32_t threads) try {
+    if (const int wrong = check(matrix, bytes, columns)) return wrong;
+    const Matrix* m = static_cast<const Matrix*>(matrix);
+    const Stage& s = m->stage[0];
+    if (m->stages != 1 || s.row_ids_at || s.groups != 1 || s.has_offset || s.tables != 1 || s.table_scale != 1 || !m->has_int8 ||
+        m->rank || m->outlier_starts_at || m->permutation_at) {
+        return LOWBIT_E_LAYOUT;
+    }
+    if (batch < 1) return 0;
+    Codes x{codes, false, whole_range(), level_bias()};
+    void* out = y;
+    if (const int wrong = linear(&m, 1, &x, batch, kCodes, nullptr, &out, LOWBIT_INT8, threads)) return wrong;
+    if (x.whole || !std::memchr(codes, 0x80, size_t(batch * columns))) return 0;
+    std::unique_ptr<float[]> rest(new float[size_t(batch * m->rows)]);
+    x.second = true, out = rest.get();
+    if (const int wrong = linear(&m, 1, &x, batch, kCodes, nullptr, &out, LOWBIT_INT8, threads)) return wrong;
+    for (int64_t i = 0; i < batch * m->rows; ++i) y[i] += rest[size_t(i)];
+    return 0;
+} catch (const std::exception&) {
+    return LOWBIT_E_MEMORY;
 }

@@ -72,6 +72,12 @@ LOWBIT_EXPORT int32_t lowbit_linear(const void* matrix, int64_t bytes, const voi
 LOWBIT_EXPORT int32_t lowbit_linear_many(const void* const* matrices, const int64_t* bytes, int32_t count, const void* x,
                                          int64_t batch, int32_t columns, int32_t dtype, const float* const* biases,
                                          void* const* ys, int32_t mode, int32_t threads);
+// y[m, r] = scale[r] * sum over i of codes[m, i] * level[r, i], for inputs that were rounded already and a matrix of one stage with
+// one scale per row, integer levels and nothing else (LOWBIT_E_LAYOUT otherwise).
+//   codes: int8 [batch, columns] contiguous; y: float [batch, rows]. Sums of 32 columns are whole numbers; beyond them float32
+//   holds whole numbers to 2**24, which at 4 bits is more than 16,000 columns can bring.
+LOWBIT_EXPORT int32_t lowbit_linear_codes(const void* matrix, int64_t bytes, const int8_t* codes, int64_t batch, int32_t columns,
+                                          float* y, int32_t threads);
 // Rows `ids` of the dense matrix, [count, columns] of `dtype`, bit for bit what the reference decodes.
 LOWBIT_EXPORT int32_t lowbit_rows(const void* matrix, int64_t bytes, const int64_t* ids, int64_t count, int32_t dtype, void* out,
                                   int32_t threads);
