@@ -88,8 +88,8 @@ def main() -> None:
     half = {"important": 0.5, "recent": RECENT}
     caches = {
         "full cache": lambda: DynamicCache(config=config),
-        "H2O evicts half": lambda: evicting(config, "h2o", 0.5, RECENT),
-        "SnapKV evicts half": lambda: evicting(config, "snapkv", 0.5, RECENT),
+        "H2O evicts half": lambda: evicting(config, "H2O", 0.5, RECENT),
+        "SnapKV evicts half": lambda: evicting(config, "SnapKV", 0.5, RECENT),
         "the same half at 4 bits": lambda: LowBitCache(config, low_bits=4, **half),
         "the same half at 3 bits": lambda: LowBitCache(config, low_bits=3, **half),
         "the same half at 2 bits": lambda: LowBitCache(config, low_bits=2, **half),

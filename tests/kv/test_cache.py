@@ -140,7 +140,7 @@ def test_a_prompt_behind_a_packed_past_counts_attention_as_one_prompt_does(model
         whole = LowBitCache(model.config, low_bits=4, recent=16, importance="exact")
         model(ids[:, :400], past_key_values=whole)
     kept = [
-        set(cache.layers[0].kept.tensors["position"][0, 0, : cache.layers[0].kept.length].tolist())
+        set(cache.layers[0].held.kept.tensors["position"][0, 0, : cache.layers[0].held.kept.length].tolist())
         for cache in (parts, whole)
     ]
     assert len(kept[0] & kept[1]) > 0.6 * len(kept[1])
