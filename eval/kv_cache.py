@@ -29,6 +29,13 @@ from hf_lowbit.kv import CacheSettings, LowBitCache
 from hf_lowbit.kv.report import formula
 
 PROMPT, STEP = 128, 8
+TWO, FOUR = ({"low_bits": bits, "important": 0.2} for bits in (2, 4))
+MIXES: dict[str, dict[str, Any]] = {
+    "5 % int8, 95 % int3 (default)": {},
+    "20 % int8, 80 % int2": TWO,
+    "20 % int8, 80 % int4": FOUR,
+    "20 % int8, 30 % int4, 50 % int2": {"tiers": ((4, 0.3), (2, 0.5))},
+}
 
 
 def rivals(config: Any, recent: int) -> dict[str, Any]:
@@ -37,13 +44,11 @@ def rivals(config: Any, recent: int) -> dict[str, Any]:
     old = {"center": False, "fit": "search", "decay": 1.0}
     ours = {
         "high 8 / low 8": {"low_bits": 8},
-        "high 8 / low 4, 20 %": {"low_bits": 4, "important": 0.2},
+        "high 8 / low 4, 20 %": FOUR,
         "high 8 / low 3, 20 %": {"low_bits": 3, "important": 0.2},
-        "high 8 / low 3, 10 %": {"low_bits": 3, "important": 0.1},
-        "high 8 / low 2, 20 %": {"low_bits": 2, "important": 0.2},
+        "high 8 / low 3, 5 % (default)": {},
+        "high 8 / low 2, 20 %": TWO,
         "high 8 / keys 3, values 2, 10 %": {"low_bits": (3, 2), "important": 0.1},
-        "high 8 / keys 3, values 2, 20 %": {"low_bits": (3, 2), "important": 0.2},
-        "high 8 / keys 4, values 2, 10 %": {"low_bits": (4, 2), "important": 0.1},
         "high 8 / keys 4, values 2, 20 %": {"low_bits": (4, 2), "important": 0.2},
         "no important tokens, low 4": alone | {"low_bits": 4},
         "no important tokens, low 3": alone | {"low_bits": 3},
@@ -137,8 +142,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         for tokens in (4096, 16384):
             config = LlamaConfig(num_hidden_layers=1, num_key_value_heads=8, num_attention_heads=8, head_dim=dim)
             config.max_position_embeddings = 1 << 20
-            for name, kwargs in {"20 % int8, 80 % int2": {}, "20 % int8, 80 % int4": {"low_bits": 4},
-                                 "20 % int8, 30 % int4, 50 % int2": {"tiers": ((4, 0.3), (2, 0.5))}}.items():  # fmt: skip
+            for name, kwargs in MIXES.items():
                 cache = LowBitCache(config, **kwargs)
                 fill(cache, config, tokens, torch.bfloat16)
                 cache.layers[0].update(*torch.zeros(2, 1, 8, 1, dim, dtype=torch.bfloat16))
@@ -160,8 +164,9 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     for context in [int(word) for word in args.contexts.split(",")]:
         makers = {
             "DynamicCache float32": lambda: DynamicCache(config=config),
-            "high 8 / low 2, 20 %": lambda: LowBitCache(config),
-            "high 8 / low 4, 20 %": lambda: LowBitCache(config, low_bits=4),
+            "high 8 / low 3, 5 % (default)": lambda: LowBitCache(config),
+            "high 8 / low 2, 20 %": lambda: LowBitCache(config, **TWO),
+            "high 8 / low 4, 20 %": lambda: LowBitCache(config, **FOUR),
             "QuantizedCache quanto 4 bits": lambda: quanto(config, 4),
         }
         if args.only:
@@ -177,18 +182,17 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
                     begun = time.perf_counter()
                     model(token, past_key_values=cache)
                     times[name].append(time.perf_counter() - begun)
-        slowest = statistics.median(times["DynamicCache float32"][1:])
+        rivals = {name: statistics.median(times[name][1:]) for name in caches if name.startswith(("Dyn", "Quant"))}
         for name, cache in caches.items():
             middle = statistics.median(times[name][1:])
             bits = bits_per_element(cache, context, config)
             rows[f"{context} tokens, {name}"] = {
                 "ms_per_token": 1000 * middle,
-                "times_dynamic": slowest / middle,
                 "bits": bits,
+                **{f"times {rival}": rival_time / middle for rival, rival_time in rivals.items()},
             }
-            print(
-                f"{context:6} {name:32} {1000 * middle:8.1f} ms a token, {slowest / middle:.2f} x DynamicCache", flush=True
-            )
+            ratios = ", ".join(f"{rival_time / middle:.2f} x {rival}" for rival, rival_time in rivals.items())
+            print(f"{context:6} {name:32} {1000 * middle:8.1f} ms a token, {ratios}", flush=True)
     return rows
 
 

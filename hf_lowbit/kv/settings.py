@@ -76,8 +76,8 @@ class CacheSettings:
     """
 
     high_bits: int = 8
-    low_bits: int | tuple[int, int] = 2
-    important: float = 0.2
+    low_bits: int | tuple[int, int] = 3
+    important: float = 0.05
     recent: int = 128
     sinks: int = 4
     recent_bits: int | None = None

@@ -53,12 +53,11 @@ def test_all_tokens_in_16_bits_are_the_dynamic_cache(small, attention):
 
 
 def test_bits_buy_fidelity(model, ids):
-    true = logits(model, ids[:, :400], DynamicCache(config=model.config), tokens=8)
+    ids = ids[:, :320]
+    true = logits(model, ids, DynamicCache(config=model.config), 200, 8)
     found = {}
     for bits in (8, 4, 3, 2):
-        found[bits] = divergence(
-            logits(model, ids[:, :400], LowBitCache(model.config, low_bits=bits, recent=32), tokens=8), true
-        )
+        found[bits] = divergence(logits(model, ids, LowBitCache(model.config, low_bits=bits, recent=32), 200, 8), true)
     assert found[8] < 1e-4 and found[4] < 2e-3 and found[8] < found[4] < found[3] < found[2] < 0.1
 
 
@@ -66,14 +65,14 @@ def test_attention_that_does_not_know_the_cache_gets_it_decoded(model, ids):
     model = copy.deepcopy(model)
     cache = LowBitCache(model.config, **EIGHT)
     assert model.config._attn_implementation == ATTENTION
-    known = logits(model, ids[:, :200], cache)
+    known = logits(model, ids[:, :150], cache)
     model.set_attn_implementation("eager")
     cache = LowBitCache(model.config, **EIGHT)
     assert model.config._attn_implementation == "eager"
-    assert divergence(logits(model, ids[:, :200], cache), known) < 1e-4
+    assert divergence(logits(model, ids[:, :150], cache), known) < 1e-4
     assert "decoded whole at every step" in str(cache.report())
     model.set_attn_implementation("sdpa")
-    assert divergence(logits(model, ids[:, :200], LowBitCache(copy.deepcopy(model.config), **EIGHT)), known) < 1e-4
+    assert divergence(logits(model, ids[:, :150], LowBitCache(copy.deepcopy(model.config), **EIGHT)), known) < 1e-4
 
 
 MODES = {

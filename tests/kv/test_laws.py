@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from hf_lowbit.kv import importance
 from hf_lowbit.kv.attend import Segment, attend
+from hf_lowbit.kv.layer import LowBitLayer
 from hf_lowbit.kv.settings import CacheSettings
 from hf_lowbit.kv.tiers import Frame
 
@@ -115,6 +116,9 @@ def test_column_sums_are_those_of_eager_attention():
         eager = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
         whole = importance.column_sums(queries, keys, mask, 0.3, range(70))
         assert torch.allclose(whole, eager.mean(2).sum(2), atol=1e-5)
+        faded = importance.column_sums(queries, keys, mask, 0.3, range(70), 0.9)
+        fade = 0.9 ** torch.arange(69.0, -1, -1)[:, None]
+        assert torch.allclose(faded, (eager.mean(2) * fade).sum(2), atol=1e-5)
         strided = importance.column_sums(queries, keys, mask, 0.3, range(1, 70, 4))
         assert torch.allclose(strided, eager.mean(2)[:, :, 1::4].sum(2), atol=1e-5)
 
@@ -125,6 +129,32 @@ def test_how_many_queries_saw_a_position():
     assert importance.counts(torch.arange(150), ranges).tolist() == seen
     faded = [sum(0.9 ** (140 - query) for found in ranges for query in found if query >= place) for place in range(150)]
     assert torch.allclose(importance.counts(torch.arange(150), ranges, 0.9), torch.tensor(faded), rtol=1e-4, atol=1e-5)
+
+
+def test_what_all_tokens_have_in_common_costs_nothing(module):
+    draw = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(1, 2, 151, 32, generator=draw) for _ in range(3))
+    outs = []
+    for move in (torch.zeros(32), torch.linspace(-50, 50, 32)):
+        layer = LowBitLayer(CacheSettings(low_bits=2, important=0.2, recent=16))
+        for part in (slice(0, 150), slice(150, 151)):
+            layer.update(keys[:, :, part] + move, values[:, :, part] - move)
+            out = layer.attend(queries[:, :, part], None, 0.25, module, lambda k, v: torch.zeros(1))
+        outs.append(out + move)
+        assert layer.held.tiers[0].length and torch.allclose(
+            layer.dense()[1][:, :, -8:] + move, values[:, :, -8:], atol=0.01
+        )
+    assert torch.allclose(*outs, atol=0.02)
+
+
+def test_older_queries_count_less(filled, module):
+    layer, queries, keys, values = filled(module, decay=0.5)
+    before = layer.held.kept.tensors["score"][:, :, : layer.held.kept.length].clone()
+    step(layer, module, queries, keys, values, 2)
+    given = layer.held.pending[..., : layer.held.kept.length]
+    layer.store_pending()
+    after = layer.held.kept.tensors["score"][:, :, : layer.held.kept.length]
+    assert torch.allclose(after, before / 4 + given[:, :, 0] / 2 + given[:, :, 1], atol=1e-6)
 
 
 def test_queries_that_are_counted():
