@@ -1,6 +1,6 @@
 """From how many new tokens on decoding the packed past pays: the compiled kernel, decoded slabs, and the whole past decoded.
 
-    python eval/kv_crossover.py [--past 1024,4096] [--tokens 1,4,8,16,32,128]
+    python eval/kv_crossover.py [--past 1024,4096] [--tokens 1,4,8,16,32,64,128]
 
 One layer of the 1 B model's shape (8 heads of keys and 32 of queries, 64 wide). ``kernel`` reads packed blocks as they are,
 ``slabs`` decodes 1,024 tokens at a time and multiplies matrices, ``whole`` decodes everything and calls the host's ``sdpa``.
@@ -32,7 +32,7 @@ class Module:
 
 def filled(tokens: int, owner: Module) -> LowBitLayer:
     """A layer of random keys and values, by default settings."""
-    draw = torch.Generator().manual_seed(0)
+    draw, kv_layer.FEW = torch.Generator().manual_seed(0), 0
     layer = LowBitLayer(CacheSettings())
     keys, values = torch.randn(2, 1, HEADS, tokens, DIM, generator=draw)
     layer.update(keys, values)
@@ -68,7 +68,7 @@ def main() -> None:
     """Measure, write ``eval/results/kv_crossover.json``."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--past", default="1024,4096")
-    parser.add_argument("--tokens", default="1,4,8,16,32,128")
+    parser.add_argument("--tokens", default="1,4,8,16,32,64,128")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -21,8 +21,10 @@ from hf_lowbit.kv.holdings import Holdings
 from hf_lowbit.kv.packed import Packed
 from hf_lowbit.kv.settings import CacheSettings
 
-# Up to this many tokens at once are stored before they are attended to; more of them attend to each other as they come.
-FEW = 8
+# Up to so many tokens at once are stored before they are attended to, by the kernel that reads packed blocks; more of them
+# attend to each other as they come, behind decoded slabs. Measured where the one gets slower than the other
+# (``eval/kv_crossover.py``). A first prompt is the host's own attention from a few tokens on.
+FEW, FIRST = 32, 8
 
 
 class LowBitLayer(CacheLayerMixin):
@@ -98,7 +100,7 @@ class LowBitLayer(CacheLayerMixin):
         self._store_incoming(None)
         demotion.settle(self.held)
         tokens = key_states.shape[2]
-        if tokens <= FEW or self.settings.exact:
+        if tokens <= (FEW if self.held.stored else FIRST) or self.settings.exact:
             self.held.append(*self.center.taken(key_states, value_states))
         else:
             self.incoming = key_states, value_states
