@@ -142,6 +142,8 @@ def bits_per_element(cache: Any, tokens: int, config: Any, batch: int = 1) -> fl
         return cache.report().bits
     if isinstance(cache.layers[0], KiviLayer):
         return cache.layers[0].bits_per_element()
+    if type(cache) is DynamicCache:
+        return 8.0 * cache.layers[0].keys.element_size()
     elements = 2 * batch * len(cache.layers) * config.num_key_value_heads * config.head_dim * tokens
     return 8 * sum(tensor_bytes(list(vars(layer).values())) for layer in cache.layers) / elements
 

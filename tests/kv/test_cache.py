@@ -285,6 +285,8 @@ BAD = {
     "important is a share of the tokens, 0 to 1, got 1.5": {"important": 1.5},
     "recent must be a whole number of at least 0, got -1": {"recent": -1},
     "unknown KV cache setting 'recents'. Did you mean 'recent'?": {"recents": 3},
+    "decay is a weight above 0 and up to 1, got 0": {"decay": 0},
+    "unknown fit 'serch'. Did you mean 'search'?": {"fit": ["serch", "range"]},
     "unknown key_format 'chanel'. Did you mean 'channel'?": {"key_format": "chanel"},
     "group=48 does not divide the model's heads of 64 numbers": {"group": 48},
     "unknown level family 'afine'": {"levels": "afine"},

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lowbit.kv import importance
+from hf_lowbit.kv import blocks, importance
 from hf_lowbit.kv.attend import Segment, attend
 from hf_lowbit.kv.layer import LowBitLayer
-from hf_lowbit.kv.settings import CacheSettings
+from hf_lowbit.kv.settings import BLOCK, CacheSettings
 from hf_lowbit.kv.tiers import Frame
 
 SETTINGS = [
@@ -129,6 +129,17 @@ def test_how_many_queries_saw_a_position():
     assert importance.counts(torch.arange(150), ranges).tolist() == seen
     faded = [sum(0.9 ** (140 - query) for found in ranges for query in found if query >= place) for place in range(150)]
     assert torch.allclose(importance.counts(torch.arange(150), ranges, 0.9), torch.tensor(faded), rtol=1e-4, atol=1e-5)
+
+
+def test_no_share_at_all_is_plain_rounding(filled, module):
+    layer, _, _, values = filled(module, tokens=320, important=0.0, sinks=0, recent=0)
+    (tier,) = layer.held.tiers
+    assert tier.length == 256 and layer.held.kept.length == 64
+    left = values[:, :, :320] - layer.center.values
+    coded = blocks.encode(left.unflatten(2, (-1, BLOCK)), 2, "affine", False, 32, "range")
+    plain = blocks.decode(coded, 2, "affine", False).flatten(2, 3) + layer.center.values
+    where = tier.tensors["position"].flatten(2).long()[..., None].expand(-1, -1, -1, 32)
+    assert torch.allclose(layer.dense()[1].gather(2, where), plain.gather(2, where), atol=1e-5)
 
 
 def test_what_all_tokens_have_in_common_costs_nothing(module):
