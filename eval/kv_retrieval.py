@@ -42,19 +42,21 @@ def prompts(count: int, lines: int, draw: torch.Generator) -> tuple[torch.Tensor
 def losses(model: Any, lines: int, draw: torch.Generator) -> tuple[torch.Tensor, float]:
     """The loss of a batch, and the share of its questions that are answered.
 
-    Behind the first layer each value has to tell its key too: two layers find this step towards an answer by themselves only
-    after thousands of steps.
+    Two more terms show the way that two layers find by themselves only after thousands of steps: behind the first each value
+    tells its key, and in the second a question attends to its value.
     """
     asked = min(QUESTIONS, 4 * lines)
     text, keys, values = prompts(max(16, TOKENS // (LINE * (lines + asked))), lines, draw)
     which = torch.randint(0, lines, (len(keys), asked), generator=draw)
     questions, answers = keys.gather(1, which), values.gather(1, which)
     behind = torch.stack([questions, answers, torch.full_like(which, NEWLINE)], -1).flatten(1)
-    found = model(torch.cat([text, behind], 1), output_hidden_states=True)
+    found = model(torch.cat([text, behind], 1), output_hidden_states=True, output_attentions=True)
     logits = found.logits[:, text.shape[1] :: LINE]
+    looks = found.attentions[1][:, :, text.shape[1] :: LINE, 2 : text.shape[1] : LINE].mean(1)  # at values, by questions
+    missed = -looks.gather(2, which[..., None]).clamp_min(1e-6).log().mean()
     early = model.lm_head(model.model.norm(found.hidden_states[1][:, 2 : text.shape[1] : LINE]))
     entropy = torch.nn.functional.cross_entropy
-    loss = entropy(logits.flatten(0, 1), answers.flatten()) + entropy(early.flatten(0, 1), keys.flatten())
+    loss = entropy(logits.flatten(0, 1), answers.flatten()) + entropy(early.flatten(0, 1), keys.flatten()) + missed
     return loss, float((logits.argmax(-1) == answers).float().mean())
 
 
@@ -66,7 +68,7 @@ def train(lines: int, seconds: float) -> Any:
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
     )  # fmt: skip
     torch.manual_seed(0)
-    model, draw = AutoModelForCausalLM.from_config(config), torch.Generator().manual_seed(0)
+    model, draw = AutoModelForCausalLM.from_config(config, attn_implementation="eager"), torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     begun, now, answered, step, left = time.process_time(), 4, 0.0, 0, LAST
     while left and time.process_time() - begun < seconds:
@@ -84,6 +86,7 @@ def train(lines: int, seconds: float) -> Any:
         if step % 25 == 0:
             spent = time.process_time() - begun
             print(f"step {step}, {now} lines: loss {loss.item():.3f}, {answered:.1%} answered, {spent:.0f} s", flush=True)
+    model.set_attn_implementation("sdpa")
     return model.eval()
 
 
