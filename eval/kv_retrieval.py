@@ -28,7 +28,7 @@ FIRST_VALUE = FIRST_KEY + KEYS
 LINE = 3  # tokens: key, value, newline
 RECENT = 16
 # Of training: tokens a step, most questions behind a prompt, the highest rate, steps of its fall to zero.
-TOKENS, QUESTIONS, RATE, LAST = 1500, 16, 3e-3, 100
+TOKENS, QUESTIONS, RATE, LAST = 1500, 16, 3e-3, 40
 
 
 def prompts(count: int, lines: int, draw: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
