@@ -9,7 +9,9 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.cache_utils import DynamicLayer
 
 from hf_lowbit.kv import LowBitCache
+from hf_lowbit.kv.holdings import Holdings
 from hf_lowbit.kv.layer import LowBitLayer
+from hf_lowbit.kv.report import formula
 from hf_lowbit.kv.tiers import BlockTier
 
 GROUP = 32
@@ -28,7 +30,7 @@ class KiviLayer(DynamicLayer):
     Quantized once and held as numbers: fidelity is what it is for, bytes are counted by its formula.
     """
 
-    bits, residual = 2, GROUP
+    bits, residual, by_channel = 2, GROUP, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As the host's; a prompt is attended to before it is quantized."""
@@ -39,8 +41,11 @@ class KiviLayer(DynamicLayer):
         ripe = (length - self.done) // self.residual * self.residual
         if ripe > 0:
             part = slice(self.done, self.done + ripe)
-            groups = self.keys[:, :, part].unflatten(2, (-1, GROUP))
-            self.keys[:, :, part] = fake(groups, self.bits, 3).flatten(2, 3)
+            if self.by_channel:
+                groups = self.keys[:, :, part].unflatten(2, (-1, GROUP))
+                self.keys[:, :, part] = fake(groups, self.bits, 3).flatten(2, 3)
+            else:
+                self.keys[:, :, part] = fake(self.keys[:, :, part], self.bits, 3)
             self.done += ripe
         if length - self.residual > self.done_values:
             part, group = slice(self.done_values, length - self.residual), min(GROUP, dim)
@@ -53,10 +58,13 @@ class KiviLayer(DynamicLayer):
 
     def bits_per_element(self) -> float:
         """Codes, fp16 scales and zeros, and the newest tokens in 16 bits."""
-        length, group = self.keys.shape[2], min(GROUP, self.keys.shape[3])
-        keys = self.done * (self.bits + 32 / GROUP) + (length - self.done) * 16
-        values = self.done_values * (self.bits + 32 / group) + (length - self.done_values) * 16
-        return (keys + values) / (2 * length)
+        return self.bits_of(self.keys.shape[2], self.done, self.done_values, self.keys.shape[3])
+
+    def bits_of(self, length: int, keys: int, values: int, dim: int) -> float:
+        """As many of ``length`` tokens quantized."""
+        group = min(GROUP, dim)
+        key_bits = keys * (self.bits + 32 / (GROUP if self.by_channel else dim)) + (length - keys) * 16
+        return (key_bits + values * (self.bits + 32 / group) + (length - values) * 16) / (2 * length)
 
 
 def kivi(config: Any, bits: int, residual: int = GROUP) -> DynamicCache:
@@ -64,6 +72,14 @@ def kivi(config: Any, bits: int, residual: int = GROUP) -> DynamicCache:
     kind = type("Kivi", (KiviLayer,), {"bits": bits, "residual": residual})
     cache = DynamicCache(config=config)
     cache.layers = [kind() for _ in cache.layers]
+    return cache
+
+
+def rounded(config: Any, bits: int) -> DynamicCache:
+    """Keys and values rounded between smallest and largest of each token and head, the 32 newest as they are."""
+    cache = kivi(config, bits)
+    for layer in cache.layers:
+        layer.by_channel = False
     return cache
 
 
@@ -85,46 +101,61 @@ class Dropped(BlockTier):
 class EvictingLayer(LowBitLayer):
     """Important and newest tokens as they are, the others gone."""
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """As the layer's, with a tier that keeps nothing."""
-        super().lazy_initialization(key_states, value_states)
-        self.tiers = [Dropped(tier, self.settings, key_states.shape[3]) for tier in self.settings.lower]
+    def _holdings(self, batch: int, heads: int, dim: int) -> Holdings:
+        held = super()._holdings(batch, heads, dim)
+        held.tiers = [Dropped(tier, self.settings, dim) for tier in self.settings.lower]
+        return held
 
 
 def evicting(config: Any, method: str, keep: float, recent: int) -> LowBitCache:
     """H2O (accumulated attention) or SnapKV (attention of the prompt's last queries), ``keep`` of all tokens in 16 bits."""
-    importance = {"h2o": "exact", "snapkv": "window"}[method]
-    cache = LowBitCache(config, high_bits=16, recent_bits=16, important=keep, recent=recent, importance=importance)
+    importance = {"H2O": "exact", "SnapKV": "window"}[method]
+    exact = {"high_bits": 16, "recent_bits": 16, "center": False}
+    cache = LowBitCache(config, important=keep, recent=recent, importance=importance, decay=1.0, **exact)
     cache.layers = [EvictingLayer(layer.settings, layer.positions) for layer in cache.layers]
     return cache
 
 
-def quanto(config: Any, bits: int) -> QuantizedCache:
-    """transformers' QuantizedCache with its own defaults and the quanto backend."""
-    return QuantizedCache(backend="quanto", config=config, nbits=bits)
+def quanto(config: Any, bits: int, residual: int = 128) -> QuantizedCache:
+    """transformers' QuantizedCache with the quanto backend and, but for the newest tokens, its own defaults."""
+    return QuantizedCache(backend="quanto", config=config, nbits=bits, residual_length=residual)
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors an object holds, those of tensor subclasses by their parts."""
+    """Bytes of all tensors an object holds, those of tensor subclasses by their parts.
+
+    Numbers of 32 bits count as of 16, which is what a model in 16 bits would have here.
+    """
     if isinstance(value, Tensor):
         if hasattr(value, "__tensor_flatten__"):
             names, _ = value.__tensor_flatten__()
             return sum(tensor_bytes(getattr(value, name)) for name in names)
-        return value.numel() * value.element_size()
+        return value.numel() * (2 if value.is_floating_point() else value.element_size())
     if isinstance(value, (list, tuple)):
         return sum(tensor_bytes(item) for item in value)
     return sum(tensor_bytes(item) for item in vars(value).values()) if hasattr(value, "__dict__") else 0
 
 
-def bits_per_element(cache: Any, tokens: int, config: Any) -> float:
+def bits_per_element(cache: Any, tokens: int, config: Any, batch: int = 1) -> float:
     """Measured bits per key or value number of any of these caches."""
     if isinstance(cache, LowBitCache):
         return cache.report().bits
+    if isinstance(cache.layers[0], KiviLayer):
+        return cache.layers[0].bits_per_element()
+    if type(cache) is DynamicCache:
+        return 8.0 * cache.layers[0].keys.element_size()
+    elements = 2 * batch * len(cache.layers) * config.num_key_value_heads * config.head_dim * tokens
+    return 8 * sum(tensor_bytes(list(vars(layer).values())) for layer in cache.layers) / elements
+
+
+def bits_at(cache: Any, tokens: int, dim: int) -> float:
+    """Bits per number by formula, for longer contexts than the measured ones."""
     first = cache.layers[0]
+    if isinstance(first, EvictingLayer):
+        return 16 * cache.settings.important
+    if isinstance(cache, LowBitCache):
+        return formula(cache.settings, dim, tokens, 2)
     if isinstance(first, KiviLayer):
-        return first.bits_per_element()
-    heads, dim = config.num_key_value_heads, config.head_dim
-    batch = first.keys.shape[0] if first.keys is not None and first.keys.dim() == 4 else 1
-    elements = 2 * len(cache.layers) * heads * dim * tokens
-    total = sum(tensor_bytes(list(vars(layer).values())) for layer in cache.layers)
-    return 8 * total / elements / max(1, batch)
+        return first.bits_of(tokens, tokens - first.residual, tokens - first.residual, dim)
+    bits = first.nbits + 32 / first.q_group_size
+    return bits + (16 - bits) * first.residual_length / tokens

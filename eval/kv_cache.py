@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kv_baselines import bits_per_element, evicting, kivi, quanto
+from kv_baselines import bits_at, bits_per_element, evicting, kivi, quanto, rounded
 from results_file import write
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, QuantizedCache
 from transformers.utils import logging
@@ -29,26 +29,57 @@ from hf_lowbit.kv import CacheSettings, LowBitCache
 from hf_lowbit.kv.report import formula
 
 PROMPT, STEP = 128, 8
+TWO, FOUR = ({"low_bits": bits, "important": 0.2} for bits in (2, 4))
+MIXES: dict[str, dict[str, Any]] = {
+    "5 % int8, 95 % int3 (default)": {},
+    "20 % int8, 80 % int2": TWO,
+    "20 % int8, 80 % int4": FOUR,
+    "20 % int8, 30 % int4, 50 % int2": {"tiers": ((4, 0.3), (2, 0.5))},
+}
 
 
 def rivals(config: Any, recent: int) -> dict[str, Any]:
     """Every cache of the fidelity table by its name."""
+    alone = {"important": 0.0, "sinks": 0}
+    old = {"center": False, "fit": "search", "decay": 1.0}
     ours = {
         "high 8 / low 8": {"low_bits": 8},
-        "high 8 / low 4, 20 %": {"low_bits": 4},
-        "high 8 / low 3, 20 %": {"low_bits": 3},
-        "high 8 / low 2, 20 %": {"low_bits": 2},
-        "high 8 / low 2, 50 %": {"low_bits": 2, "important": 0.5},
-        "high 8 / keys 4, values 2, 20 %": {"low_bits": (4, 2)},
-        "uniform 4 (no important tokens)": {"low_bits": 4, "important": 0.0, "sinks": 0},
-        "uniform 3 (no important tokens)": {"low_bits": 3, "important": 0.0, "sinks": 0},
-        "uniform 2 (no important tokens)": {"low_bits": 2, "important": 0.0, "sinks": 0},
+        "high 8 / low 4, 20 %": FOUR,
+        "high 8 / low 3, 20 %": {"low_bits": 3, "important": 0.2},
+        "high 8 / low 3, 5 % (default)": {},
+        "high 8 / low 2, 20 %": TWO,
+        "high 8 / keys 3, values 2, 10 %": {"low_bits": (3, 2), "important": 0.1},
+        "high 8 / keys 4, values 2, 20 %": {"low_bits": (4, 2), "important": 0.2},
+        "no important tokens, low 4": alone | {"low_bits": 4},
+        "no important tokens, low 3": alone | {"low_bits": 3},
+        "no important tokens, low 2": alone | {"low_bits": 2},
+        "low 2, 20 %, not centred": {"low_bits": 2, "important": 0.2, "center": False},
+        "low 2, 20 %, all queries alike": {"low_bits": 2, "important": 0.2, "decay": 1.0},
+        "low 2, 20 %, values by search": {"low_bits": 2, "important": 0.2, "fit": "search"},
+        "low 2, 20 %, none of these": {"low_bits": 2, "important": 0.2} | old,
+        "low 2, 20 %, rotated": {"low_bits": 2, "important": 0.2, "hadamard": True},
+        "low 2, 20 %, keys by token": {"low_bits": 2, "important": 0.2, "key_format": "token"},
     }
     out = {name: lambda s=s: LowBitCache(config, recent=recent, **s) for name, s in ours.items()}
-    out |= {f"KIVI {bits} bits, 32 newest in 16 bits": lambda bits=bits: kivi(config, bits) for bits in (4, 3, 2)}
-    out |= {f"QuantizedCache quanto {bits} bits": lambda bits=bits: quanto(config, bits) for bits in (4, 2)}
-    out |= {f"{name} evicts 50 %": lambda name=name: evicting(config, name, 0.5, recent) for name in ("h2o", "snapkv")}
+    out |= {f"uniform {bits} bits by token": lambda bits=bits: rounded(config, bits) for bits in (4, 3, 2)}
+    out |= {f"KIVI {bits} bits": lambda bits=bits: kivi(config, bits) for bits in (4, 3, 2)}
+    for residual in (recent, 128):
+        for bits in (4, 2):
+            name = f"QuantizedCache quanto {bits} bits, {residual} newest"
+            out[name] = lambda bits=bits, residual=residual: quanto(config, bits, residual)
+    out |= {f"{name} evicts 50 %": lambda name=name: evicting(config, name, 0.5, recent) for name in ("H2O", "SnapKV")}
     return out
+
+
+def held_out(model: str, text: Path, length: int, count: int) -> torch.Tensor:
+    """Windows of a text or of the texts of a JSON-lines file, spread over it: ``[count, length]``."""
+    tokenizer = AutoTokenizer.from_pretrained(model, model_max_length=1 << 30)
+    whole = text.read_text(encoding="utf-8")
+    if text.suffix == ".jsonl":
+        whole = "\n".join(json.loads(line)["text"] for line in whole.splitlines())
+    ids = tokenizer(whole[:400_000], add_special_tokens=False, return_tensors="pt").input_ids[0]
+    ids = ids[len(ids) % length :].view(-1, length)
+    return ids[:: max(1, len(ids) // count)][:count]
 
 
 @torch.no_grad()
@@ -62,14 +93,8 @@ def log_probabilities(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor
 def fidelity(args: argparse.Namespace) -> dict[str, Any]:
     """A row for each cache."""
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
     length = args.length or model.config.max_position_embeddings
-    text = args.text.read_text(encoding="utf-8")
-    if args.text.suffix == ".jsonl":
-        text = "\n".join(json.loads(line)["text"] for line in text.splitlines())
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
-    ids = ids[len(ids) % length :].view(-1, length)
-    ids = ids[:: max(1, len(ids) // args.windows)][: args.windows]
+    ids = held_out(args.model, args.text, length, args.windows)
     true = log_probabilities(model, ids, DynamicCache(config=model.config))
     rows = {}
     for name, make in rivals(model.config, args.recent).items():
@@ -79,13 +104,14 @@ def fidelity(args: argparse.Namespace) -> dict[str, Any]:
         found = log_probabilities(model, ids, cache)
         divergence = torch.nn.functional.kl_div(found, true, log_target=True, reduction="none").sum(-1)
         rows[name] = {
-            "bits_per_element": round(bits_per_element(cache, length, model.config), 3),
+            "bits_per_element": round(bits_per_element(cache, length, model.config, len(ids)), 3),
+            "bits_at_4096_tokens": round(bits_at(cache, 4096, model.config.head_dim), 3),
             "kl": float(divergence.mean()),
             "kl_of_the_first_half": float(divergence[:, : divergence.shape[1] // 2].mean()),
             "top1_agreement": float((found.argmax(-1) == true.argmax(-1)).float().mean()),
         }
-        print(f"{name:36} {rows[name]['bits_per_element']:7.2f} bits  KL {rows[name]['kl']:.2e}  "
-              f"top-1 {rows[name]['top1_agreement']:.4f}", flush=True)  # fmt: skip
+        print(f"{name:40} {rows[name]['bits_per_element']:6.2f} bits ({rows[name]['bits_at_4096_tokens']:.2f} at 4,096)  "
+              f"KL {rows[name]['kl']:.2e}  top-1 {rows[name]['top1_agreement']:.4f}", flush=True)  # fmt: skip
     return {"context": length, "windows": len(ids), "prompt": PROMPT, "recent": args.recent, "rows": rows}
 
 
@@ -116,8 +142,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         for tokens in (4096, 16384):
             config = LlamaConfig(num_hidden_layers=1, num_key_value_heads=8, num_attention_heads=8, head_dim=dim)
             config.max_position_embeddings = 1 << 20
-            for name, kwargs in {"20 % int8, 80 % int2": {}, "20 % int8, 80 % int4": {"low_bits": 4},
-                                 "20 % int8, 30 % int4, 50 % int2": {"tiers": ((4, 0.3), (2, 0.5))}}.items():  # fmt: skip
+            for name, kwargs in MIXES.items():
                 cache = LowBitCache(config, **kwargs)
                 fill(cache, config, tokens, torch.bfloat16)
                 cache.layers[0].update(*torch.zeros(2, 1, 8, 1, dim, dtype=torch.bfloat16))
@@ -139,8 +164,9 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     for context in [int(word) for word in args.contexts.split(",")]:
         makers = {
             "DynamicCache float32": lambda: DynamicCache(config=config),
-            "high 8 / low 2, 20 %": lambda: LowBitCache(config),
-            "high 8 / low 4, 20 %": lambda: LowBitCache(config, low_bits=4),
+            "high 8 / low 3, 5 % (default)": lambda: LowBitCache(config),
+            "high 8 / low 2, 20 %": lambda: LowBitCache(config, **TWO),
+            "high 8 / low 4, 20 %": lambda: LowBitCache(config, **FOUR),
             "QuantizedCache quanto 4 bits": lambda: quanto(config, 4),
         }
         if args.only:
@@ -156,18 +182,17 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
                     begun = time.perf_counter()
                     model(token, past_key_values=cache)
                     times[name].append(time.perf_counter() - begun)
-        slowest = statistics.median(times["DynamicCache float32"][1:])
+        rivals = {name: statistics.median(times[name][1:]) for name in caches if name.startswith(("Dyn", "Quant"))}
         for name, cache in caches.items():
             middle = statistics.median(times[name][1:])
             bits = bits_per_element(cache, context, config)
             rows[f"{context} tokens, {name}"] = {
                 "ms_per_token": 1000 * middle,
-                "times_dynamic": slowest / middle,
                 "bits": bits,
+                **{f"times {rival}": rival_time / middle for rival, rival_time in rivals.items()},
             }
-            print(
-                f"{context:6} {name:32} {1000 * middle:8.1f} ms a token, {slowest / middle:.2f} x DynamicCache", flush=True
-            )
+            ratios = ", ".join(f"{rival_time / middle:.2f} x {rival}" for rival, rival_time in rivals.items())
+            print(f"{context:6} {name:32} {1000 * middle:8.1f} ms a token, {ratios}", flush=True)
     return rows
 
 

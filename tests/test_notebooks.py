@@ -12,6 +12,7 @@ import pytest
 EXPECTED = {
     "01_load_and_generate": ["the same logits, bit for bit: True", "times smaller", "bits per weight", "Linear torch."],
     "02_choose_bits_and_read_the_report": ["peak", "2 bits, down_proj 4:", "written to", "Bits and error by block"],
+    "03_long_context": ["the same tokens", "more bits, less divergence", "639 tokens read back"],
     "04_finetune_on_two_bits": ["of the gap closed", "merged, keep", "merged, resolve", "merged, dense"],
     "05_who_wrote_this": ["machine - at most", "another detector"],
 }

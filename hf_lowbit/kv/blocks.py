@@ -8,11 +8,9 @@ numbers, so that keys multiply int8 queries exactly; scales and offsets are fp16
 Codes lie as the kernels read them, in parts of 4, 2 and 1 bits (3 bits are a part of 2 and one of 1):
 
 keys     A 64-byte vector holds a quad of channels of 16 tokens, byte 4 r + j being channel j of token r. What a byte has
-room for
-         beyond one code belongs to the next tiles of 16 tokens, then to the next quads.
+         room for beyond one code belongs to the next tiles of 16 tokens, then to the next quads.
 values   A 32-bit word holds one channel of 32 / bits consecutive tokens, lowest bits first; words of all channels follow
-each
-         other.
+         each other.
 """
 
 from __future__ import annotations

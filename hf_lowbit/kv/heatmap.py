@@ -36,10 +36,10 @@ def shares(cache: LowBitCache, sequence: int) -> dict[int, Tensor]:
         if not 0 <= sequence < batch:
             raise BadRequest(f"sequence {sequence} was asked for, the cache holds {batch} (0 to {batch - 1}).")
         total = torch.zeros(length)
-        if layer.kept.length:
-            where = layer.kept.tensors["position"][sequence, :, : layer.kept.length].long().cpu().flatten()
+        if layer.held.kept.length:
+            where = layer.held.kept.tensors["position"][sequence, :, : layer.held.kept.length].long().cpu().flatten()
             total.scatter_add_(0, where, torch.ones(where.shape[0]))
-        total[layer.older :] = heads
+        total[layer.held.older :] = heads
         out[number] = total / heads
     return out
 

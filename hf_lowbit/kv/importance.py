@@ -1,11 +1,10 @@
 """How much attention tokens get, where no attention matrix is to be had.
 
-A prompt is attended to by the host's own kernel, which keeps no weights. They are computed again for some of its queries and
-summed over them: all queries (exact), every m-th one, or the last ones (SnapKV, arXiv 2404.14469). While decoding the
-    weights of
-the new tokens are at hand and are added as they come (H2O, arXiv 2306.14048). Tokens are ranked by the mean over the
-queries that
-could see them: sums alone favour old tokens.
+A prompt is attended to by the host's own kernel, which keeps no weights. They are computed again for some of its queries
+and summed over them: all queries (exact), every m-th one, or the last ones (SnapKV, arXiv 2404.14469). While decoding the
+weights of the new tokens are at hand and are added as they come (H2O, arXiv 2306.14048). Older queries count less
+(``decay``): what is looked at now tells better what will be. Tokens are ranked by the mean over the queries that could see
+them, since sums alone favour old tokens.
 """
 
 from __future__ import annotations
@@ -37,13 +36,16 @@ def observed(tokens: int, settings: CacheSettings) -> range:
     return range((tokens - 1) % step, tokens, step)
 
 
-def column_sums(queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, chosen: range) -> Tensor:
+def column_sums(
+    queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float, chosen: range, decay: float = 1.0
+) -> Tensor:
     """Attention each token of a prompt without a past gets from the chosen queries, averaged over the heads of a group.
 
     Args:
         queries: ``[batch, heads, group, tokens, dim]``.
         keys: ``[batch, heads, tokens, dim]``.
         mask: as for :func:`~hf_lowbit.kv.attend.attend`.
+        decay: a query ``n`` before the last one counts ``decay**n``.
 
     Returns:
         float32 ``[batch, heads, tokens]``.
@@ -62,16 +64,22 @@ def column_sums(queries: Tensor, keys: Tensor, mask: Tensor | None, scale: float
         else:
             hide(scores, mask[:, :, part], 0, len(part), tokens, slice(0, group * len(part)))
         seen = scores.softmax(-1).nan_to_num_(0)  # queries of padding see nothing
-        out += seen.sum(2) / group
+        out += (seen * decay ** (tokens - 1 - part).repeat(group)[:, None]).sum(2) / group
     return out
 
 
-def counts(positions: Tensor, ranges: Sequence[range]) -> Tensor:
-    """How many counted queries could see each position (int64 of any shape)."""
-    total = torch.zeros_like(positions)
+def counts(positions: Tensor, ranges: Sequence[range], decay: float = 1.0) -> Tensor:
+    """How much the counted queries that could see each position (int64 of any shape) weigh together, float32.
+
+    The last query of all weighs 1, one ``n`` tokens before it ``decay**n``.
+    """
+    total = torch.zeros(positions.shape, device=positions.device)
     for found in ranges:
         passed = (positions - found.start).clamp_min_(0).add_(found.step - 1) // found.step
-        total += (len(found) - passed).clamp_min_(0)
+        seen = (len(found) - passed).clamp_min_(0)
+        step = decay**found.step
+        weight = seen if step == 1 else (1 - step**seen) / (1 - step)
+        total += weight * decay ** (ranges[-1][-1] - found[-1])
     return total
 
 

@@ -12,26 +12,26 @@ from hf_lowbit.kv.rows import RowStore
 from hf_lowbit.kv.tiers import BlockTier
 
 if TYPE_CHECKING:
-    from hf_lowbit.kv.layer import LowBitLayer
+    from hf_lowbit.kv.holdings import Holdings
 
 
-def refusal(layer: LowBitLayer) -> str | None:
-    """Why the kernel does not serve a layer, or None."""
-    dim = layer.shape[3]
-    if layer.device.type != "cpu":
-        return f"the cache is on {layer.device.type}"
-    if layer.settings.hadamard:
+def refusal(held: Holdings) -> str | None:
+    """Why the kernel does not serve a layer of the cache, or None."""
+    dim = held.dim
+    if held.device.type != "cpu":
+        return f"the cache is on {held.device.type}"
+    if held.settings.hadamard:
         return "hadamard=True"
-    if layer.settings.group not in (None, dim) and "token" in (layer.settings.key_format, layer.settings.value_format):
-        return f"group={layer.settings.group} is not the whole head"
-    if layer.dtype not in cpu.DTYPES:
-        return f"dtype {layer.dtype}"
-    if len(layer.tiers) > cpu_cache.MOST_BLOCKS:
-        return f"{len(layer.tiers)} lower tiers"
+    if held.settings.group not in (None, dim) and "token" in (held.settings.key_format, held.settings.value_format):
+        return f"group={held.settings.group} is not the whole head"
+    if held.dtype not in cpu.DTYPES:
+        return f"dtype {held.dtype}"
+    if len(held.tiers) > cpu_cache.MOST_BLOCKS:
+        return f"{len(held.tiers)} lower tiers"
     return cpu_cache.trouble(dim)
 
 
-def attend(layer: LowBitLayer, queries: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+def attend(held: Holdings, queries: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
     """Attention of tokens that are stored already.
 
     Args:
@@ -42,29 +42,29 @@ def attend(layer: LowBitLayer, queries: Tensor, mask: Tensor | None, scale: floa
         Output float32 ``[batch, n, heads, dim]``, and where scores are kept weights of the rows ``[batch, heads, n, rows]``.
     """
     batch, heads, group, tokens, dim = queries.shape
-    wanted = bool(layer.tiers)
+    wanted = bool(held.tiers)
     flat = queries.flatten(1, 2).float()
     if flat.stride(3) != 1:
         flat = flat.contiguous()
     turned = flat
-    if layer.frame.balance is not None:
-        turned = layer.frame.queries(flat.reshape(batch, heads, group * tokens, dim)).view(batch, heads * group, tokens, dim)
+    if held.frame.balance is not None:
+        turned = held.frame.queries(flat.reshape(batch, heads, group * tokens, dim)).view(batch, heads * group, tokens, dim)
     tensors: list[Tensor] = []
     rows, blocks = [], []
-    for part in (layer.kept, layer.recent):
+    for part in (held.kept, held.recent):
         if part.length:
-            rows += _rows(part, tensors, layer.older if part is layer.recent else 0, low=False)
-    for tier in layer.tiers:
+            rows += _rows(part, tensors, held.older if part is held.recent else 0, low=False)
+    for tier in held.tiers:
         if tier.tensors and not isinstance(tier, BlockTier):
             rows += _rows(tier.store, tensors, 0, low=True)
-    for tier in layer.tiers:
+    for tier in held.tiers:
         if tier.tensors and isinstance(tier, BlockTier):
             blocks += _blocks(tier, tensors)
     if mask is not None:
-        mask = mask.expand(batch, 1, tokens, layer.length)
+        mask = mask.expand(batch, 1, tokens, held.length)
     layout = [
         heads,
-        layer.length,
+        held.length,
         len(rows) // len(cpu_cache.ROW_FIELDS),
         len(blocks) // len(cpu_cache.BLOCK_FIELDS),
         *rows,

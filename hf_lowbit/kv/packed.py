@@ -16,8 +16,7 @@ class Packed:
     """The keys (``side`` 0) or values (1) of a layer.
 
     Attention that knows the class reads the packed cache through ``layer``. Anything else that touches the handle, be it a
-    torch
-    function or an attribute of tensors, gets all keys or values decoded: right, at the price of a whole dense layer.
+    torch function or an attribute of tensors, gets all keys or values decoded: right, at the price of a whole dense layer.
     """
 
     def __init__(self, layer: LowBitLayer, side: int, pair: dict[int, Tensor]) -> None:

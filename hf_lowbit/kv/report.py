@@ -153,23 +153,24 @@ def _nbytes(tensors: Any) -> int:
 
 def _low_bit(number: int, layer: LowBitLayer) -> LayerReport:
     batch, heads, tokens, dim = layer.shape
+    held = layer.held
     each = 2 * batch * heads * dim
     tiers = []
-    for name, store in (("important", layer.kept), ("recent", layer.recent)):
+    for name, store in (("important", held.kept), ("recent", held.recent)):
         if store.length or store.tensors:
             size = _nbytes(store.tensors.values())
             tiers.append(TierReport(name, store.bits, store.bits, store.length, size, each * store.length))
-    for tier in layer.tiers:
+    for tier in held.tiers:
         if tier.length:
             size = _nbytes(tier.tensors.values())
             tiers.append(TierReport("low", tier.tier.key_bits, tier.tier.value_bits, tier.length, size, each * tier.length))
-    beside = [layer.starts, layer.center, layer.frame.balance, layer.pending, *(layer.incoming or ())]
+    beside = [held.starts, held.frame.balance, held.pending, *layer.center.tensors().values(), *(layer.incoming or ())]
     total = sum(tier.bytes for tier in tiers) + _nbytes(beside)
-    reason = kernel.refusal(layer) if layer.is_initialized else None
+    reason = kernel.refusal(held) if layer.is_initialized else None
     attention = "compiled kernel" if reason is None else f"torch ({reason})"
-    share = layer.kept.length / tokens if tokens else 0.0
+    share = held.kept.length / tokens if tokens else 0.0
     return LayerReport(
-        number, tokens, total, each * tokens, tuple(tiers), tuple(layer.moves), attention, None, (share,) * heads
+        number, tokens, total, each * tokens, tuple(tiers), tuple(held.moves), attention, None, (share,) * heads
     )
 
 

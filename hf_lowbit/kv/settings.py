@@ -56,14 +56,18 @@ class CacheSettings:
             ``token`` one per token and group of channels.
         levels: a family of :mod:`hf_lowbit.format.levels` for packed blocks; ``affine`` is uniform.
         group: channels per scale of the ``token`` formats; None is the whole head.
-        fit: ``search`` chooses scale and offset for the least squared error, ``range`` spans smallest to largest value.
-        center: subtract the mean of the first keys, channel by channel, from all keys: it moves all scores of a query alike.
+        fit: ``search`` chooses scale and offset for the least squared error, ``range`` spans smallest to largest value; a
+            pair is for keys and for values. Values that stick out are clipped by a search in token after token, which does
+            not cancel where attention is spread.
+        center: subtract the mean of the first prompt, channel by channel, from all keys and values
+            (:mod:`hf_lowbit.kv.center`).
         balance: divide queries and multiply keys of low tiers by a factor per channel (MiKV, arXiv 2402.18096); None does
             so for ``token`` keys.
         hadamard: store low tiers rotated by a Hadamard matrix (QuaRot, arXiv 2404.00456); the width of a head is a power of
             2.
         importance: how attention to tokens of a prompt is counted: ``exact``, by a ``strided`` sample of its queries, by a
             ``window`` of its last ones, from ``keys`` alone, or ``auto`` by length.
+        decay: a query ``n`` tokens before the newest counts ``decay**n``; 1.0 counts all alike.
         protect: that many first and last layers keep all tokens important.
         layers: number of a layer -> settings that differ there.
 
@@ -72,8 +76,8 @@ class CacheSettings:
     """
 
     high_bits: int = 8
-    low_bits: int | tuple[int, int] = 2
-    important: float = 0.2
+    low_bits: int | tuple[int, int] = 3
+    important: float = 0.05
     recent: int = 128
     sinks: int = 4
     recent_bits: int | None = None
@@ -82,11 +86,12 @@ class CacheSettings:
     value_format: str = "token"
     levels: str = "affine"
     group: int | None = None
-    fit: str = "search"
-    center: bool = False
+    fit: str | tuple[str, str] = ("search", "range")
+    center: bool = True
     balance: bool | None = None
     hadamard: bool = False
     importance: str = "auto"
+    decay: float = 0.95
     protect: int = 0
     layers: Mapping[int, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
@@ -99,11 +104,18 @@ class CacheSettings:
             _whole(name, getattr(self, name), least)
         if self.group is not None:
             _whole("group", self.group, 1)
-        for name, known in (("key_format", FORMATS), ("value_format", FORMATS), ("importance", IMPORTANCE), ("fit", FITS)):
+        for name, known in (("key_format", FORMATS), ("value_format", FORMATS), ("importance", IMPORTANCE)):
             if getattr(self, name) not in known:
                 raise BadRequest(unknown_name(name, getattr(self, name), known))
         if isinstance(self.low_bits, Sequence):
             object.__setattr__(self, "low_bits", tuple(self.low_bits))
+        if not isinstance(self.fit, str):
+            object.__setattr__(self, "fit", tuple(self.fit))
+        for fit in self.fits:
+            if fit not in FITS:
+                raise BadRequest(unknown_name("fit", fit, FITS))
+        if not isinstance(self.decay, (int, float)) or not 0 < self.decay <= 1:
+            raise BadRequest(f"decay is a weight above 0 and up to 1, got {self.decay!r}.")
         if self.tiers is not None:
             object.__setattr__(self, "tiers", tuple((bits, float(share)) for bits, share in self.tiers))
         for tier in self.lower:
@@ -123,6 +135,11 @@ class CacheSettings:
             return ()
         key_bits, value_bits = self.low_bits if isinstance(self.low_bits, tuple) else (self.low_bits,) * 2
         return (Tier(key_bits, value_bits, 1 - self.important),)
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """How scales of keys and of values are chosen."""
+        return (self.fit,) * 2 if isinstance(self.fit, str) else self.fit
 
     @property
     def tail_bits(self) -> int:
@@ -183,7 +200,7 @@ class CacheSettings:
         """All fields as plain JSON values."""
         values = asdict(self)
         values["layers"] = {str(number): dict(change) for number, change in self.layers.items()}
-        for name in ("low_bits", "tiers"):
+        for name in ("low_bits", "tiers", "fit"):
             if isinstance(values[name], tuple):
                 values[name] = [list(item) if isinstance(item, tuple) else item for item in values[name]]
         return values

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_lowbit.errors import BadRequest, FormatError
+from hf_lowbit.kv.center import Center
 from hf_lowbit.kv.layer import LowBitLayer
 from hf_lowbit.kv.rows import RowStore
 
@@ -98,23 +99,24 @@ def load(path: Path, config: Any) -> LowBitCache:
 def _state(layer: LowBitLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Put a layer's tensors under ``prefix``; returns what else there is to know."""
     layer.store_pending()
-    for name, part in (("kept", layer.kept), ("recent", layer.recent)):
+    held = layer.held
+    for name, part in (("kept", held.kept), ("recent", held.recent)):
         tensors.update(
             {f"{prefix}{name}.{key}": tensor.contiguous() for key, tensor in part.filled().items() if part.length}
         )
-    for number, tier in enumerate(layer.tiers):
-        held = tier.tensors if not hasattr(tier, "store") else tier.store.filled()
-        tensors.update({f"{prefix}tier{number}.{key}": tensor.contiguous() for key, tensor in held.items() if tier.length})
-    for name, tensor in (("starts", layer.starts), ("center", layer.center), ("balance", layer.frame.balance)):
-        if tensor is not None:
-            tensors[prefix + name] = tensor.contiguous()
+    for number, tier in enumerate(held.tiers):
+        found = tier.tensors if not hasattr(tier, "store") else tier.store.filled()
+        tensors.update({f"{prefix}tier{number}.{key}": tensor.contiguous() for key, tensor in found.items() if tier.length})
+    beside = {"starts": held.starts, "balance": held.frame.balance}
+    beside |= {f"center.{name}": tensor for name, tensor in layer.center.tensors().items()}
+    tensors.update({prefix + name: tensor.contiguous() for name, tensor in beside.items() if tensor is not None})
     return {
         "shape": list(layer.shape),
         "dtype": str(layer.dtype),
-        "frozen": layer.frozen,
-        "solid": layer.solid,
-        "observed": [[found.start, found.stop, found.step] for found in layer.observed],
-        "moves": [list(move) for move in layer.moves],
+        "frozen": held.frozen,
+        "solid": held.solid,
+        "observed": [[found.start, found.stop, found.step] for found in held.observed],
+        "moves": [list(move) for move in held.moves],
     }
 
 
@@ -124,6 +126,7 @@ def _restore(layer: LowBitLayer, known: dict[str, Any], prefix: str, tensors: di
         return
     like = torch.empty(batch, heads, 0, dim, dtype=DTYPES[known["dtype"]])
     layer.lazy_initialization(like, like)
+    held = layer.held
 
     def under(name: str) -> dict[str, Tensor]:
         start = f"{prefix}{name}."
@@ -131,19 +134,18 @@ def _restore(layer: LowBitLayer, known: dict[str, Any], prefix: str, tensors: di
 
     for name in ("kept", "recent"):
         if found := under(name):
-            store = getattr(layer, name)
-            setattr(layer, name, RowStore(store.bits, store.dtype, found, store.endless))
-    for number, tier in enumerate(layer.tiers):
+            store = getattr(held, name)
+            setattr(held, name, RowStore(store.bits, store.dtype, found, store.endless))
+    for number, tier in enumerate(held.tiers):
         if found := under(f"tier{number}"):
             if hasattr(tier, "store"):
                 tier.store = RowStore(8, layer.dtype, found)
             else:
                 tier.tensors = found
-    layer.starts, layer.center = tensors.get(prefix + "starts"), tensors.get(prefix + "center")
-    layer.frame.balance, layer.frozen = tensors.get(prefix + "balance"), known["frozen"]
-    layer.observed = [range(*found) for found in known["observed"]]
-    layer.moves = [(int(a), int(b), int(c)) for a, b, c in known["moves"]]
-    held = layer.older + layer.recent.length
-    if held != length:
-        raise KeyError(f"{length - held} tokens of layer {prefix[:-1]}")
-    layer.restore_length(length, known["solid"])
+    layer.center = Center(**under("center"))
+    held.starts, held.frame.balance = tensors.get(prefix + "starts"), tensors.get(prefix + "balance")
+    held.frozen, held.observed = known["frozen"], [range(*found) for found in known["observed"]]
+    held.moves = [(int(a), int(b), int(c)) for a, b, c in known["moves"]]
+    if held.stored != length:
+        raise KeyError(f"{length - held.stored} tokens of layer {prefix[:-1]}")
+    held.length, held.solid = length, known["solid"]

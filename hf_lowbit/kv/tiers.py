@@ -110,9 +110,9 @@ class BlockTier:
         new = {"position": positions.unflatten(2, (-1, BLOCK))}
         packers = {"key": blocks.pack_keys, "value": blocks.pack_values}
         group = self.settings.group or self.dim
-        for (name, bits, by_channel), x in zip(self.sides(), (keys, values), strict=True):
+        for (name, bits, by_channel), x, fit in zip(self.sides(), (keys, values), self.settings.fits, strict=True):
             x = x.float().unflatten(2, (-1, BLOCK))
-            coded = blocks.encode(x, bits, self.settings.levels, by_channel, group, self.settings.fit)
+            coded = blocks.encode(x, bits, self.settings.levels, by_channel, group, fit)
             new[name] = packers[name](coded.codes, bits)
             for part, stored in (("scale", coded.scale), ("offset", coded.offset)):
                 new[f"{name}_{part}"] = stored.squeeze(-2) if by_channel else stored

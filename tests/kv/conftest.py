@@ -48,7 +48,7 @@ def filled():
 
     def make(module, tokens=300, batch=2, dim=32, group=2, dtype=torch.float32, mask=None, **settings):
         draw = torch.Generator().manual_seed(tokens + dim)
-        layer = LowBitLayer(CacheSettings(**({"recent": 16} | settings)))
+        layer = LowBitLayer(CacheSettings(**({"recent": 16, "low_bits": 2, "important": 0.2} | settings)))
         spread = 1 + 3 * torch.rand(dim, generator=draw)  # channels of different size, as keys have
         keys = (torch.randn(batch, 2, tokens + 64, dim, generator=draw) * spread).to(dtype)
         values = torch.randn(batch, 2, tokens + 64, dim, generator=draw).to(dtype)

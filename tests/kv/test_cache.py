@@ -53,12 +53,11 @@ def test_all_tokens_in_16_bits_are_the_dynamic_cache(small, attention):
 
 
 def test_bits_buy_fidelity(model, ids):
-    true = logits(model, ids[:, :400], DynamicCache(config=model.config), tokens=8)
+    ids = ids[:, :320]
+    true = logits(model, ids, DynamicCache(config=model.config), 200, 8)
     found = {}
     for bits in (8, 4, 3, 2):
-        found[bits] = divergence(
-            logits(model, ids[:, :400], LowBitCache(model.config, low_bits=bits, recent=32), tokens=8), true
-        )
+        found[bits] = divergence(logits(model, ids, LowBitCache(model.config, low_bits=bits, recent=32), 200, 8), true)
     assert found[8] < 1e-4 and found[4] < 2e-3 and found[8] < found[4] < found[3] < found[2] < 0.1
 
 
@@ -66,14 +65,14 @@ def test_attention_that_does_not_know_the_cache_gets_it_decoded(model, ids):
     model = copy.deepcopy(model)
     cache = LowBitCache(model.config, **EIGHT)
     assert model.config._attn_implementation == ATTENTION
-    known = logits(model, ids[:, :200], cache)
+    known = logits(model, ids[:, :150], cache)
     model.set_attn_implementation("eager")
     cache = LowBitCache(model.config, **EIGHT)
     assert model.config._attn_implementation == "eager"
-    assert divergence(logits(model, ids[:, :200], cache), known) < 1e-4
+    assert divergence(logits(model, ids[:, :150], cache), known) < 1e-4
     assert "decoded whole at every step" in str(cache.report())
     model.set_attn_implementation("sdpa")
-    assert divergence(logits(model, ids[:, :200], LowBitCache(copy.deepcopy(model.config), **EIGHT)), known) < 1e-4
+    assert divergence(logits(model, ids[:, :150], LowBitCache(copy.deepcopy(model.config), **EIGHT)), known) < 1e-4
 
 
 MODES = {
@@ -140,7 +139,7 @@ def test_a_prompt_behind_a_packed_past_counts_attention_as_one_prompt_does(model
         whole = LowBitCache(model.config, low_bits=4, recent=16, importance="exact")
         model(ids[:, :400], past_key_values=whole)
     kept = [
-        set(cache.layers[0].kept.tensors["position"][0, 0, : cache.layers[0].kept.length].tolist())
+        set(cache.layers[0].held.kept.tensors["position"][0, 0, : cache.layers[0].held.kept.length].tolist())
         for cache in (parts, whole)
     ]
     assert len(kept[0] & kept[1]) > 0.6 * len(kept[1])
@@ -286,6 +285,8 @@ BAD = {
     "important is a share of the tokens, 0 to 1, got 1.5": {"important": 1.5},
     "recent must be a whole number of at least 0, got -1": {"recent": -1},
     "unknown KV cache setting 'recents'. Did you mean 'recent'?": {"recents": 3},
+    "decay is a weight above 0 and up to 1, got 0": {"decay": 0},
+    "unknown fit 'serch'. Did you mean 'search'?": {"fit": ["serch", "range"]},
     "unknown key_format 'chanel'. Did you mean 'channel'?": {"key_format": "chanel"},
     "group=48 does not divide the model's heads of 64 numbers": {"group": 48},
     "unknown level family 'afine'": {"levels": "afine"},

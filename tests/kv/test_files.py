@@ -33,9 +33,8 @@ def test_bytes_are_those_of_the_formula(kwargs, module):
     layer.attend(keys, None, 0.1, module, lambda k, v: v)
     found = cache.report()
     assert found.bits == pytest.approx(formula(CacheSettings(**kwargs), dim, tokens, 2), rel=0.02)
-    assert sum(tier.bytes for tier in found.layers[0].tiers) == found.bytes - (
-        0 if layer.frame.balance is None else 2 * dim * 4
-    )
+    vectors = 2 + (layer.held.frame.balance is not None)  # means of keys and of values
+    assert sum(tier.bytes for tier in found.layers[0].tiers) == found.bytes - vectors * 2 * dim * 4
     if not kwargs:
         assert found.bits < 4  # a quarter of fp16
 

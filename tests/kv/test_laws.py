@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_lowbit.kv import importance
+from hf_lowbit.kv import blocks, importance
 from hf_lowbit.kv.attend import Segment, attend
-from hf_lowbit.kv.settings import CacheSettings
+from hf_lowbit.kv.layer import LowBitLayer
+from hf_lowbit.kv.settings import BLOCK, CacheSettings
 from hf_lowbit.kv.tiers import Frame
 
 SETTINGS = [
@@ -34,26 +37,26 @@ def test_every_token_is_there_once_and_in_its_place(filled, module, kwargs):
     layer, queries, keys, values = filled(module, **kwargs)
     for _ in range(40):
         step(layer, module, queries, keys, values, 1)
-    assert layer.length == 340 == layer.older + layer.recent.length
-    where = torch.cat([layer._positions(part) for part in (layer.kept, layer.recent) if part.length]
-                      + [p for tier in layer.tiers for *_, p in tier.slabs(1024)], 2)  # fmt: skip
+    assert layer.length == 340 == layer.held.older + layer.held.recent.length
+    where = torch.cat([layer.held.positions(part) for part in (layer.held.kept, layer.held.recent) if part.length]
+                      + [p for tier in layer.held.tiers for *_, p in tier.slabs(1024)], 2)  # fmt: skip
     assert torch.equal(where.sort(2).values, torch.arange(340).expand_as(where))
     found = layer.dense()
     for ours, true in zip(found, (keys, values), strict=True):
         error = (ours - true[:, :, :340]).norm() / true.norm()
-        assert error < (0.01 if layer.settings.high_bits == 8 and not layer.tiers else 0.5)
+        assert error < (0.01 if layer.settings.high_bits == 8 and not layer.held.tiers else 0.5)
         assert torch.allclose(ours[:, :, -16:], true[:, :, 324:340], rtol=0.01, atol=0.1)
 
 
 @pytest.mark.parametrize("kwargs", SETTINGS, ids=str)
 def test_what_is_packed_is_never_packed_again(filled, module, kwargs):
     layer, queries, keys, values = filled(module, **kwargs)
-    before = [{name: tensor.clone() for name, tensor in tier.tensors.items()} for tier in layer.tiers if tier.length]
-    counts = [tier.length for tier in layer.tiers]
+    before = [{name: tensor.clone() for name, tensor in tier.tensors.items()} for tier in layer.held.tiers if tier.length]
+    counts = [tier.length for tier in layer.held.tiers]
     for _ in range(64):
         step(layer, module, queries, keys, values, 1)
-    assert all(tier.length >= count for tier, count in zip(layer.tiers, counts, strict=True))
-    for tier, tensors in zip(layer.tiers, before, strict=False):
+    assert all(tier.length >= count for tier, count in zip(layer.held.tiers, counts, strict=True))
+    for tier, tensors in zip(layer.held.tiers, before, strict=False):
         for name, tensor in tensors.items():
             assert torch.equal(tier.tensors[name][:, :, : tensor.shape[2]], tensor) or hasattr(tier, "store")
 
@@ -76,7 +79,8 @@ def test_crop_and_regrow_leave_no_trace(filled, module, drafted, kept, plain):
         a, b = (step(layer, module, queries, keys, values, tokens) for layer in (ours, other))
         assert torch.allclose(a, b, atol=1e-5)
     positions, scores = (
-        [layer.kept.tensors[name][:, :, : layer.kept.length] for layer in (ours, other)] for name in ("position", "score")
+        [layer.held.kept.tensors[name][:, :, : layer.held.kept.length] for layer in (ours, other)]
+        for name in ("position", "score")
     )
     assert torch.equal(*positions)
     assert torch.allclose(*scores, atol=1e-4)
@@ -112,6 +116,9 @@ def test_column_sums_are_those_of_eager_attention():
         eager = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0)
         whole = importance.column_sums(queries, keys, mask, 0.3, range(70))
         assert torch.allclose(whole, eager.mean(2).sum(2), atol=1e-5)
+        faded = importance.column_sums(queries, keys, mask, 0.3, range(70), 0.9)
+        fade = 0.9 ** torch.arange(69.0, -1, -1)[:, None]
+        assert torch.allclose(faded, (eager.mean(2) * fade).sum(2), atol=1e-5)
         strided = importance.column_sums(queries, keys, mask, 0.3, range(1, 70, 4))
         assert torch.allclose(strided, eager.mean(2)[:, :, 1::4].sum(2), atol=1e-5)
 
@@ -120,6 +127,45 @@ def test_how_many_queries_saw_a_position():
     ranges = [range(3, 100, 7), range(100, 130), range(140, 141)]
     seen = [sum(query >= place for found in ranges for query in found) for place in range(150)]
     assert importance.counts(torch.arange(150), ranges).tolist() == seen
+    faded = [sum(0.9 ** (140 - query) for found in ranges for query in found if query >= place) for place in range(150)]
+    assert torch.allclose(importance.counts(torch.arange(150), ranges, 0.9), torch.tensor(faded), rtol=1e-4, atol=1e-5)
+
+
+def test_no_share_at_all_is_plain_rounding(filled, module):
+    layer, _, _, values = filled(module, tokens=320, important=0.0, sinks=0, recent=0)
+    (tier,) = layer.held.tiers
+    assert tier.length == 256 and layer.held.kept.length == 64
+    left = values[:, :, :320] - layer.center.values
+    coded = blocks.encode(left.unflatten(2, (-1, BLOCK)), 2, "affine", False, 32, "range")
+    plain = blocks.decode(coded, 2, "affine", False).flatten(2, 3) + layer.center.values
+    where = tier.tensors["position"].flatten(2).long()[..., None].expand(-1, -1, -1, 32)
+    assert torch.allclose(layer.dense()[1].gather(2, where), plain.gather(2, where), atol=1e-5)
+
+
+def test_what_all_tokens_have_in_common_costs_nothing(module):
+    draw = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(1, 2, 151, 32, generator=draw) for _ in range(3))
+    outs = []
+    for move in (torch.zeros(32), torch.linspace(-50, 50, 32)):
+        layer = LowBitLayer(CacheSettings(low_bits=2, important=0.2, recent=16))
+        for part in (slice(0, 150), slice(150, 151)):
+            layer.update(keys[:, :, part] + move, values[:, :, part] - move)
+            out = layer.attend(queries[:, :, part], None, 0.25, module, lambda k, v: torch.zeros(1))
+        outs.append(out + move)
+        assert layer.held.tiers[0].length and torch.allclose(
+            layer.dense()[1][:, :, -8:] + move, values[:, :, -8:], atol=0.01
+        )
+    assert torch.allclose(*outs, atol=0.02)
+
+
+def test_older_queries_count_less(filled, module):
+    layer, queries, keys, values = filled(module, decay=0.5)
+    before = layer.held.kept.tensors["score"][:, :, : layer.held.kept.length].clone()
+    step(layer, module, queries, keys, values, 2)
+    given = layer.held.pending[..., : layer.held.kept.length]
+    layer.store_pending()
+    after = layer.held.kept.tensors["score"][:, :, : layer.held.kept.length]
+    assert torch.allclose(after, before / 4 + given[:, :, 0] / 2 + given[:, :, 1], atol=1e-6)
 
 
 def test_queries_that_are_counted():
@@ -147,8 +193,8 @@ def test_the_most_attended_tokens_are_kept(filled, module):
     layer, queries, keys, _ = filled(module, batch=1, tokens=400, sinks=0)
     scores = importance.column_sums(queries[:, :, :400].unflatten(1, (2, -1)), keys[:, :, :400], None, 0.25, range(400))
     mean = scores / torch.arange(400, 0, -1)
-    kept = layer.kept.tensors["position"][:, :, : layer.kept.length].long()
-    low = layer.tiers[0].tensors["position"].flatten(2).long()
+    kept = layer.held.kept.tensors["position"][:, :, : layer.held.kept.length].long()
+    low = layer.held.tiers[0].tensors["position"].flatten(2).long()
     heavy = kept[..., :-16]  # without the pinned ones
     assert mean.gather(2, heavy).mean() > 2 * mean.gather(2, low).mean()
 
@@ -157,14 +203,16 @@ def test_padding_goes_first_and_counts_for_nothing(filled, module):
     mask = torch.ones(2, 1, 300, 300, dtype=torch.bool).tril()
     mask[1, :, :, :40] = False
     layer, queries, keys, values = filled(module, mask=mask)
-    low = layer.tiers[0].tensors["position"].flatten(2)
+    low = layer.held.tiers[0].tensors["position"].flatten(2)
     assert all(set(range(40)) <= set(low[1, head].tolist()) for head in range(2))
-    assert {40, 41, 42, 43} <= set(layer.kept.tensors["position"][1, 0].tolist())
+    assert {40, 41, 42, 43} <= set(layer.held.kept.tensors["position"][1, 0].tolist())
     wide = torch.ones(2, 1, 1, 301, dtype=torch.bool)
     wide[1, ..., :40] = False
     out = step(layer, module, queries, keys, values, 1, wide)
-    layer.tiers[0].tensors["value_offset"][1, :, :, :] = 0  # the padding's values may be anything
-    seen = attend(queries[:, :, 300:301].unflatten(1, (2, -1)), layer._segments(), wide, 0.25, layer.frame, 301)
+    layer.held.tiers[0].tensors["value_offset"][1, :, :, :] = 0  # the padding's values may be anything
+    held = layer.held
+    segments = chain(held.rows(), held.packed())
+    seen = attend(queries[:, :, 300:301].unflatten(1, (2, -1)), segments, wide, 0.25, held.frame, 301)
     assert torch.isfinite(out).all() and torch.isfinite(seen.out).all()
 
 
