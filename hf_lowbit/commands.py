@@ -123,6 +123,8 @@ def _import_quantized(args: argparse.Namespace) -> None:
     print(f"{len(rows)} matrices of {found['config']['options']['source']} taken over, bit for bit:")
     print(f"{found['bits_per_weight_linears']:.3f} bits per weight, files {found['bytes']:,} bytes")
     print(f"written to {args.destination}")
+
+
 def run_merge(args: argparse.Namespace) -> None:
     """Merge ADAPTER into DIR as OUT."""
     from hf_lowbit.plugin import checkpoint
@@ -373,7 +375,7 @@ def run_report(args: argparse.Namespace) -> None:
         raise BadRequest(f"--tokens must be 0 or more, got {args.tokens}.")
     others = [point for file in args.results or () for point in points.read_points(file)]
     file = args.text or (str(demo.held_out_text()) if args.reference else None)
-    text = file and (Path(file).name, _read_text(file, args.characters))
+    text = (Path(file).name, _read_text(file, args.characters)) if file else None
     checkpoint.show_progress(False)
     drawn = sys.stderr.isatty() and not args.json
     facts = gather.gather(
