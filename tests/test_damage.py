@@ -303,10 +303,10 @@ def test_missing_files(refused, low, change):
 
 
 def test_a_newer_format(refused, low, change):
-    newer = change(low, "config.json", settings("quantization_config", format_version=3))
-    damaged_everywhere(refused, newer, "quantization_config has format version 3", "reads up to 2", "pip install --upgrade")
-    newer = change(low, FILE, rewrite(lambda tensors: None, lambda record: record.update(format_version=3)))
-    damaged_everywhere(refused, newer, "has format version 3", "reads up to 2", "pip install --upgrade hf-lowbit")
+    newer = change(low, "config.json", settings("quantization_config", format_version=4))
+    damaged_everywhere(refused, newer, "quantization_config has format version 4", "reads up to 3", "pip install --upgrade")
+    newer = change(low, FILE, rewrite(lambda tensors: None, lambda record: record.update(format_version=4)))
+    damaged_everywhere(refused, newer, "has format version 4", "reads up to 3", "pip install --upgrade hf-lowbit")
     odd = change(low, "config.json", settings("quantization_config", format_version="next"))
     damaged_everywhere(refused, odd, "format version 'next'", "which no release of hf-lowbit wrote")
 

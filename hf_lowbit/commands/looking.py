@@ -118,7 +118,7 @@ def _run_text(args: argparse.Namespace) -> None:
     from hf_lowbit.plugin import checkpoint, evaluate
 
     checkpoint.show_progress(sys.stderr.isatty() and not args.json)
-    text, size = read_text(args.text, args.characters), args.window or 512
+    text, size = read_text(args.text, args.characters), 512 if args.window is None else args.window
     sizes = sizes_of(args.directory)
     tokenizer = checkpoint.load_tokenizer(args.directory)
     ids = checkpoint.tokenize(tokenizer, text)

@@ -115,7 +115,7 @@ def test_text_is_never_markup(spot, source, text):
     page = report.page([replace(found, source=source + "</h1><script>", reason=found.reason + "<b>")])
     body = page.split("</style>")[1]
     tags = set(re.findall(r"<\s*([a-zA-Z0-9]+)", body))
-    known = "body article h1 h2 h3 section div p small span table tbody tr td ul li"
+    known = "body main article h1 h2 h3 section div p small span table tbody tr td ul li"
     assert tags <= set(known.split())
     assert found.text in html.unescape(re.sub(r"<[^>]*>", "", body)) or found.first is None
 

@@ -50,6 +50,7 @@ def begun(dense, tmp_path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_killed_at_ten_random_moments(dense, command, tmp_path):
     arguments = command(dense, tmp_path)

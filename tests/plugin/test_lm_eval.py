@@ -63,6 +63,7 @@ def test_the_stock_command_line_finds_the_method(quantized, task, offline):
     assert json.loads(found.read_text())["results"]["local_ends"]["acc,none"] == 1.0
 
 
+@pytest.mark.slow
 def test_without_autoload_it_says_that_it_does_not_know_the_method(quantized, task, offline):
     done = run_lm_eval(quantized, task, offline | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"})
     assert done.returncode != 0
