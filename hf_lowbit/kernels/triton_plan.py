@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_lowbit.format.layout import Layout, parse_layout, stage_field
 from hf_lowbit.format.packing import SCALE_BLOCK, packed_width, unpack
-from hf_lowbit.format.scales import coded_width, group_count, groups_per_super, super_count
+from hf_lowbit.format.scales import WIDE, coded_width, group_count, groups_per_super, super_count
 from hf_lowbit.format.tensor import LowBitTensor
 from hf_lowbit.kernels.cpu_repack import check_indices, table_of_row
 
@@ -107,6 +107,8 @@ def plan(text: str) -> Plan:
 def unsupported(layout: Layout) -> str | None:
     """Why the kernels cannot run a layout, or None."""
     for stage in layout.stages:
+        if stage.zero or stage.scale_bits == WIDE:
+            return "zero points" if stage.zero else "32-bit scales"
         if stage.group_size % unit_of(stage.bits) and stage.group_size < layout.in_features:
             unit = unit_of(stage.bits)
             return f"groups of {stage.group_size} are not whole units of {unit} columns, which {stage.bits} bits need"

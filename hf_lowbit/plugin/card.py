@@ -60,7 +60,7 @@ the quantized weights and returns a model with random ones.{cache}
 - Quantization changes answers. What the original gets wrong, and the terms it comes under, stay as they are.
 - On CPUs the kernels round activations to 8 bits by default for codes of 4 bits and less
   (`HF_LOWBIT_CPU_ARITHMETIC=exact` does not).
-- On GPUs weights are decoded before each product: less memory, not more speed.
+- The GPU kernels (Triton) were not yet timed on a GPU; where they do not apply, weights are decoded before each product.
 """
 
 

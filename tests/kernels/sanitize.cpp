@@ -336,7 +336,8 @@ void check_packed(const std::vector<std::string>& isas) {
 // Inputs that were rounded elsewhere, -128 among them: whole numbers, the same on each.
 void check_codes(const std::vector<std::string>& isas, int bits, int batch, int threads) {
     Shape shape = draw_shape(bits, 300);
-    shape.group = shape.columns, shape.tables = 1, shape.offsets = false, shape.linear_levels = true, shape.coded_scales = false;
+    shape.group = shape.columns, shape.tables = 1, shape.offsets = false, shape.linear_levels = true;
+    shape.scale_bits = 16, shape.zeros = false;
     Record record(shape);
     record.source.outliers = 0;
     const Prepared matrix = prepare(record, threads);
@@ -364,7 +365,7 @@ void check_codes(const std::vector<std::string>& isas, int bits, int batch, int 
 // Several callers at once, whose calls want the same workers.
 void check_callers() {
     Shape shape{};
-    shape.rows = 300, shape.columns = 1024, shape.bits = 4, shape.group = 32, shape.tables = 1, shape.offsets = true;
+    shape.rows = 300, shape.columns = 1024, shape.bits = 4, shape.group = 32, shape.tables = 1, shape.offsets = true, shape.scale_bits = 16;
     const Record shared(shape);
     std::vector<std::thread> callers;
     for (int i = 0; i < 4; ++i) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 
@@ -306,6 +307,12 @@ class TestSelection:
         assert choice.backend.name == "reference" and message in dict(choice.refused)["triton"]
         with pytest.raises(FallbackError, match=message):
             select(simple(), CUDA, strict=True)
+
+    @pytest.mark.parametrize(("part", "why"), [({"zero": True}, "zero points"), ({"scale_bits": 32}, "32-bit scales")])
+    def test_what_other_tools_alone_write_is_refused(self, gpu, part, why):
+        layout = simple()
+        odd = replace(layout, stages=(replace(layout.stages[0], **part),))
+        assert unsupported(odd) == why and select(odd, CUDA).backend.name == "reference"
 
     def test_groups_that_are_no_whole_units_are_refused(self, gpu):
         odd = simple(group=30)
