@@ -301,10 +301,7 @@ _FUNCTIONS = (
      lambda ids, matrix, rows, columns, dtype: ids.new_empty(*ids.shape, columns, dtype=dtype)),
 )  # fmt: skip
 for _schema, _body, _fake in _FUNCTIONS:
-    _name = _schema.partition("(")[0]
-    ops.LIBRARY.define(_schema)
-    ops.LIBRARY.impl(_name, _body, "CPU")
-    torch.library.register_fake(f"hf_lowbit::{_name}", _fake, lib=ops.LIBRARY)
+    ops.register(_schema, _body, _fake, "CPU")
 torch.library.register_autograd("hf_lowbit::cpu_linear_train", _grad_to_input, setup_context=_keep_record, lib=ops.LIBRARY)
 
 set_arithmetic(os.environ.get("HF_LOWBIT_CPU_ARITHMETIC", "auto"))

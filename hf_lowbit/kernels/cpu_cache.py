@@ -201,10 +201,11 @@ def _fake(
     return queries.new_empty(batch, tokens, all_heads, dim), queries.new_empty(batch, layout[0], tokens, asked)
 
 
-ops.LIBRARY.define(
+ops.register(
     "cpu_kv_attend(Tensor queries, Tensor turned, Tensor[] tensors, int[] layout, Tensor? mask, float scale, bool weights)"
-    " -> (Tensor, Tensor)"
+    " -> (Tensor, Tensor)",
+    _attend,
+    _fake,
+    "CPU",
 )
-ops.LIBRARY.impl("cpu_kv_attend", _attend, "CPU")
-torch.library.register_fake("hf_lowbit::cpu_kv_attend", _fake, lib=ops.LIBRARY)
 attend = ops.OPS.cpu_kv_attend

@@ -9,7 +9,7 @@ The bodies are the reference arithmetic that defines correctness: decode to the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,9 +18,14 @@ from hf_lowbit.format.layout import parse_layout
 from hf_lowbit.format.tensor import LowBitTensor
 
 LIBRARY = torch.library.Library("hf_lowbit", "DEF")
-LIBRARY.define("dequantize(Tensor[] tensors, str layout, ScalarType dtype) -> Tensor")
-LIBRARY.define("linear(Tensor x, Tensor[] tensors, str layout) -> Tensor")
-LIBRARY.define("embedding(Tensor ids, Tensor[] tensors, str layout, ScalarType dtype) -> Tensor")
+
+
+def register(schema: str, body: Callable, fake: Callable, key: str = "CompositeExplicitAutograd") -> None:
+    """Define the op ``schema`` names, with its body under a dispatch key and the fake kernel that gives its shapes."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, body, key)
+    torch.library.register_fake(f"hf_lowbit::{name}", fake, lib=LIBRARY)
 
 
 def rebuild(tensors: Sequence[Tensor], layout: str) -> LowBitTensor:
@@ -68,13 +73,9 @@ def _grad_to_input(ctx, grad: Tensor):
     return grad @ weight, [None] * len(tensors), None
 
 
-for _name, _body, _fake in (
-    ("dequantize", _dequantize, _fake_dequantize),
-    ("linear", _linear, _fake_linear),
-    ("embedding", _embedding, _fake_embedding),
-):
-    LIBRARY.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hf_lowbit::{_name}", _fake, lib=LIBRARY)
+register("dequantize(Tensor[] tensors, str layout, ScalarType dtype) -> Tensor", _dequantize, _fake_dequantize)
+register("linear(Tensor x, Tensor[] tensors, str layout) -> Tensor", _linear, _fake_linear)
+register("embedding(Tensor ids, Tensor[] tensors, str layout, ScalarType dtype) -> Tensor", _embedding, _fake_embedding)
 torch.library.register_autograd("hf_lowbit::linear", _grad_to_input, setup_context=_keep_weight, lib=LIBRARY)
 
 OPS = torch.ops.hf_lowbit

@@ -204,10 +204,7 @@ _FUNCTIONS = (
      _fake_grouped),
 )  # fmt: skip
 for _schema, _body, _fake in _FUNCTIONS:
-    _op = _schema.partition("(")[0]
-    ops.LIBRARY.define(_schema)
-    ops.LIBRARY.impl(_op, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hf_lowbit::{_op}", _fake, lib=ops.LIBRARY)
+    ops.register(_schema, _body, _fake)
 torch.library.register_autograd("hf_lowbit::triton_linear", _grad_to_input, setup_context=_keep_record, lib=ops.LIBRARY)
 
 register_backend(Triton(), before=Reference.name)

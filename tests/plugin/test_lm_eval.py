@@ -11,44 +11,16 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'hf-lowbit[eval]'")
 
-# The end that English has against one it does not: any trained model is right, one with random weights is not.
-ROWS = [
-    {"q": "He went to the", "choices": [" house", " were"], "gold": 0},
-    {"q": "She said that she would", "choices": [" of", " be"], "gold": 1},
-    {"q": "There was a great deal of", "choices": [" went", " money"], "gold": 1},
-    {"q": "It was one of the", "choices": [" most", " him"], "gold": 0},
-    {"q": "I do not know what", "choices": [" and", " you"], "gold": 1},
-    {"q": "They looked at each", "choices": [" other", " had"], "gold": 0},
-]
-TASK = """
-task: local_ends
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {rows}}}}}
-output_type: multiple_choice
-test_split: test
-doc_to_text: "{{{{q}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{gold}}}}"
-target_delimiter: ""
-metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 0.1}}
-"""
-
 
 @pytest.fixture
-def task(tmp_path: Path) -> Path:
-    """A folder with one task whose data lie beside it."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(map(json.dumps, ROWS)))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "local_ends.yaml").write_text(TASK.format(rows=rows))
-    return folder
+def task(tmp_path: Path, load_test_module) -> Path:
+    """A folder of tasks whose data lie beside them."""
+    return load_test_module("plugin/task_files.py").write_tasks(tmp_path / "tasks")
 
 
 def run_lm_eval(checkpoint: Path, task: Path, environment: dict[str, str]) -> subprocess.CompletedProcess:
     arguments = ["run", "--model", "hf", "--model_args", f"pretrained={checkpoint},dtype=float32", "--device", "cpu"]
-    arguments += ["--tasks", "local_ends", "--include_path", str(task), "--output_path", str(task / "out.json")]
+    arguments += ["--tasks", "tiny_choice", "--include_path", str(task), "--output_path", str(task / "out.json")]
     return subprocess.run(
         [sys.executable, "-m", "lm_eval", *arguments],
         env=environment, capture_output=True, text=True, timeout=280, check=False, cwd=task,
@@ -58,9 +30,9 @@ def run_lm_eval(checkpoint: Path, task: Path, environment: dict[str, str]) -> su
 def test_the_stock_command_line_finds_the_method(quantized, task, offline):
     done = run_lm_eval(quantized, task, offline)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "local_ends" in done.stdout
+    assert "tiny_choice" in done.stdout
     (found,) = task.glob("**/out*.json")
-    assert json.loads(found.read_text())["results"]["local_ends"]["acc,none"] == 1.0
+    assert json.loads(found.read_text())["results"]["tiny_choice"]["acc,none"] == 1.0
 
 
 @pytest.mark.slow
