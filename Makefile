@@ -20,7 +20,7 @@ test-all: $(VENV)/.dev
 
 # The Triton kernels on a GPU instead of in Triton's interpreter. It needs a .venv with a CUDA build of torch.
 test-gpu: $(VENV)/.dev
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_triton.py tests/plugin/test_triton_model.py
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/kernels/test_triton.py tests/kv/test_kernel.py tests/plugin/test_triton_model.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

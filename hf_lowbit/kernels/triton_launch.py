@@ -54,7 +54,7 @@ def linear(x: Tensor, stored: Sequence[Tensor], derived: Sequence[Tensor], layou
     if batch == 0:
         return x.new_empty(shape)
     one_by_one = batch <= (DENSE_FROM if made.simple else TERMS_TO) and x.dtype in KINDS
-    with _device(x):
+    with on_device(x):
         if one_by_one or batch == 1:
             return _terms(flat, made, stored, derived, bias).view(shape)
         return _dense(flat, made, stored, derived, layout, bias).view(shape)
@@ -65,7 +65,7 @@ def grouped(x: Tensor, experts: Tensor, stored: Sequence[Tensor], derived: Seque
     made = plan(layout)
     out = x.new_empty(x.shape[0], made.layout.shape[1])
     if x.shape[0]:
-        with _device(x):
+        with on_device(x):
             stage, tensors = made.stages[0], stage_tensors(made, 0, stored, derived)
             stage = stage._replace(rows=made.layout.shape[1])
             _gemv(x.contiguous(), stage, tensors, made, out, None, experts, 1)
@@ -80,7 +80,7 @@ def rows(
     if not count:
         return
     block = max(1, ROW_COLUMNS // stage.unit)
-    with _device(out):
+    with on_device(out):
         rows_kernel[(count, triton.cdiv(stage.units, block))](
             tensors.table if ids is None else ids, tensors.codes, tensors.scale, _or(tensors.scale_super, tensors),
             _or(tensors.offset, tensors), _or(tensors.offset_super, tensors), tensors.table,
@@ -221,6 +221,6 @@ def _permuting(stage: StagePlan) -> bool:
     return stage.bits in PERMUTED and (interpreted() or torch.version.hip is None)
 
 
-def _device(x: Tensor) -> Any:
+def on_device(x: Tensor) -> Any:
     """Triton launches on the current device, which need not be that of the tensors."""
     return torch.cuda.device(x.device) if x.is_cuda else torch.no_grad()

@@ -46,15 +46,15 @@ def module():
 def filled():
     """``filled(module, tokens, **settings)``: a layer with that many random tokens of two heads of keys, and its inputs."""
 
-    def make(module, tokens=300, batch=2, dim=32, group=2, dtype=torch.float32, mask=None, **settings):
+    def make(module, tokens=300, batch=2, dim=32, group=2, dtype=torch.float32, mask=None, device="cpu", **settings):
         draw = torch.Generator().manual_seed(tokens + dim)
         layer = LowBitLayer(CacheSettings(**({"recent": 16, "low_bits": 2, "important": 0.2} | settings)))
         spread = 1 + 3 * torch.rand(dim, generator=draw)  # channels of different size, as keys have
-        keys = (torch.randn(batch, 2, tokens + 64, dim, generator=draw) * spread).to(dtype)
-        values = torch.randn(batch, 2, tokens + 64, dim, generator=draw).to(dtype)
-        queries = torch.randn(batch, 2 * group, tokens + 64, dim, generator=draw).to(dtype)
+        keys = (torch.randn(batch, 2, tokens + 64, dim, generator=draw) * spread).to(device, dtype)
+        values = torch.randn(batch, 2, tokens + 64, dim, generator=draw).to(device, dtype)
+        queries = torch.randn(batch, 2 * group, tokens + 64, dim, generator=draw).to(device, dtype)
         layer.update(keys[:, :, :tokens], values[:, :, :tokens])
-        layer.attend(queries[:, :, :tokens], mask, 0.25, module, lambda k, v: torch.zeros(1))
+        layer.attend(queries[:, :, :tokens], mask, 0.25, module, lambda k, v: torch.zeros(1, device=device))
         return layer, queries, keys, values
 
     return make
