@@ -198,8 +198,8 @@ def blocks_kernel(
     q = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     x, power = load_queries(q_ptr + head.to(tl.int64) * queries * dim, q, queries, dim, BLOCK_D)
     sums = tl.sum(x, 1)
-    key_planes = load_planes(key_planes_ptr, split, False)
-    value_planes = load_planes(value_planes_ptr, split, False)
+    key_planes = load_planes(key_planes_ptr, split, False, ASM)
+    value_planes = load_planes(value_planes_ptr, split, False, ASM)
     channel, token = tl.arange(0, BLOCK_D), tl.arange(0, 64)
     known = channel < dim
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)

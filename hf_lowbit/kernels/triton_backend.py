@@ -3,11 +3,12 @@
 **Memory.** ``prepare`` copies nothing large: kernels read the stored codes; what it adds is listed in ``triton_plan`` and
 counted by ``derived_bytes``. A model loaded with ``device_map="cuda"`` therefore occupies its packed size plus at most 6 %.
 
-**Arithmetic.** Sums are float32 in a fixed order. With one row of activations levels of 2 to 4 bits are rounded to fp16
-(which stored tables are already) and multiplied in float32; all other widths use the table as it is. With more rows weights
-are rounded to the dtype of the activations, as in a dense model; at 2 to 4 bits without offsets level, scale and product are
-each rounded, so that a weight is off by at most 3 * 2**-8 of itself in bfloat16 and 3 * 2**-11 in float16. From
-``triton_configs.DENSE_FROM`` rows on, and for float32 activations, the matrix is decoded in pieces and multiplied by torch.
+**Arithmetic.** Sums are float32 in a fixed order. With one row of activations levels of 2 to 4 bits are rounded to the dtype
+of the activations and multiplied in it, four products at a time, each rounded as it is added; all other widths use the
+table as it is, in float32. With more rows weights are rounded to the dtype of the activations, as in a dense model; at 2 to
+4 bits without offsets level, scale and product are each rounded, so that a weight is off by at most 3 * 2**-8 of itself in
+bfloat16 and 3 * 2**-11 in float16. From ``triton_configs.DENSE_FROM`` rows on, and for float32 activations, the matrix is
+decoded in pieces and multiplied by torch.
 
 Bytes read per weight, codes and scales: ``bits / 8 + scale bytes / group``, so 0.53125 at 4 bits, groups of 64 and 16-bit
 scales, where bf16 reads 2. Importing this module needs no Triton and no GPU.

@@ -6,7 +6,7 @@ neighbouring words and a thread reads four of them, 16 bytes, at once (of bit pl
 
 Levels of 2, 3 and 4 bits come out of registers. The codes of a unit are brought into *octets*, words with a code in each
 nibble, which are the selectors of a byte permutation (``prmt``) over the low and the high bytes of the table in 16-bit
-floats: 1.4, 1.6 and 2.6 instructions a level, and no memory. All other widths, and processors without that instruction,
+floats, two of which come out in a word: 1.4, 1.6 and 2.6 instructions a level, and no memory. All other widths, and processors without that instruction,
 look levels up in a float32 table that stays in the first-level cache.
 """
 
@@ -53,8 +53,8 @@ def four_levels(selector, blend, planes, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def octet_levels(octet, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Levels ``[rows, units, 8]`` of words ``[rows, units]`` with a code in each nibble, in the order of the nibbles."""
+def octet_pairs(octet, planes, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Levels of words with a code in each nibble, in their order: four words of two 16-bit floats."""
     selector, blend = octet, octet
     if BITS == 4:
         # A selector reaches eight bytes; the fourth bit of a code chooses between the two halves of the table.
@@ -62,6 +62,13 @@ def octet_levels(octet, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.
         blend = ((octet >> 1) & 0x44444444) | 0x32103210
     p0, p1 = four_levels(selector, blend, planes, BITS, ASM)
     p2, p3 = four_levels(selector >> 16, blend >> 16, planes, BITS, ASM)
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def octet_levels(octet, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Levels ``[rows, units, 8]`` of words ``[rows, units]`` with a code in each nibble, in the order of the nibbles."""
+    p0, p1, p2, p3 = octet_pairs(octet, planes, BITS, ASM)
     even = tl.join(
         tl.join(low_half(p0, KIND), low_half(p2, KIND)),
         tl.join(low_half(p1, KIND), low_half(p3, KIND)),
@@ -74,51 +81,153 @@ def octet_levels(octet, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.
 
 
 @triton.jit
-def load_planes(planes_ptr, table_of_row, PER_ROW: tl.constexpr):
+def load_planes(planes_ptr, table_of_row, PER_ROW: tl.constexpr, ASM: tl.constexpr):
     """The eight words of a table's bytes: numbers, or ``[rows, 1]`` where each row has a table of its own."""
     base = planes_ptr
     if PER_ROW:
         base = planes_ptr + table_of_row[:, None] * 8
     return (
-        tl.load(base),
-        tl.load(base + 1),
-        tl.load(base + 2),
-        tl.load(base + 3),
-        tl.load(base + 4),
-        tl.load(base + 5),
-        tl.load(base + 6),
-        tl.load(base + 7),
+        load_plane(base, PER_ROW, ASM),
+        load_plane(base + 1, PER_ROW, ASM),
+        load_plane(base + 2, PER_ROW, ASM),
+        load_plane(base + 3, PER_ROW, ASM),
+        load_plane(base + 4, PER_ROW, ASM),
+        load_plane(base + 5, PER_ROW, ASM),
+        load_plane(base + 6, PER_ROW, ASM),
+        load_plane(base + 7, PER_ROW, ASM),
     )
 
 
 @triton.jit
-def permuted_levels(words_ptr, mask, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Levels ``[rows, units, columns of a unit]`` of 2, 3 or 4 bits by permutation.
+def load_plane(word_ptr, PER_ROW: tl.constexpr, ASM: tl.constexpr):
+    """A word, in a register of each thread.
 
-    ``words_ptr`` ``[rows, units]`` points to the first word of each unit.
+    A number that all threads load alike goes to the uniform registers, which permutations cannot read: copying it from there
+    before each was 1 instruction in 5 to 6. Adding a zero that the compiler does not know for one keeps it.
     """
+    word = tl.load(word_ptr)
+    if ASM and not PER_ROW:
+        word = tl.inline_asm_elementwise(
+            "{ .reg .u32 zero; mov.u32 zero, %laneid; shr.u32 zero, zero, 5; add.u32 $0, $1, zero; }", "=r,r", [word],
+            dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    return word
+
+
+@triton.jit
+def load_octets(words_ptr, mask, BITS: tl.constexpr):
+    """The octets of units of 2, 3 or 4 bits, four words that repeat where there are fewer.
+
+    ``words_ptr`` ``[rows, units]`` points to the first word of each unit. Nibble ``k`` of octet ``j`` of ``J`` (1 at 4 bits,
+    2 at 2, 4 at 3) is column ``J * k + j`` of its unit.
+    """
+    a = tl.load(words_ptr, mask=mask, other=0)
     if BITS == 4:
-        word = tl.load(words_ptr, mask=mask, other=0)
-        levels = octet_levels(word, planes, BITS, KIND, ASM)
+        o0, o1, o2, o3 = a, a, a, a
     elif BITS == 2:
-        word = tl.load(words_ptr, mask=mask, other=0)
-        even = octet_levels(word & 0x33333333, planes, BITS, KIND, ASM)
-        odd = octet_levels((word >> 2) & 0x33333333, planes, BITS, KIND, ASM)
-        levels = tl.reshape(tl.join(even, odd), (word.shape[0], word.shape[1], 16))
+        o0, o1 = a & 0x33333333, (a >> 2) & 0x33333333
+        o2, o3 = o0, o1
     else:
-        a = tl.load(words_ptr, mask=mask, other=0)
         b = tl.load(words_ptr + 1, mask=mask, other=0)
         c = tl.load(words_ptr + 2, mask=mask, other=0)
         o0 = (a & 0x11111111) | ((b << 1) & 0x22222222) | ((c << 2) & 0x44444444)
         o1 = ((a >> 1) & 0x11111111) | (b & 0x22222222) | ((c << 1) & 0x44444444)
         o2 = ((a >> 2) & 0x11111111) | ((b >> 1) & 0x22222222) | (c & 0x44444444)
         o3 = ((a >> 3) & 0x11111111) | ((b >> 2) & 0x22222222) | ((c >> 1) & 0x44444444)
-        first = octet_levels(o0, planes, BITS, KIND, ASM)
+    return o0, o1, o2, o3
+
+
+@triton.jit
+def permuted_levels(words_ptr, mask, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Levels ``[rows, units, columns of a unit]`` of 2, 3 or 4 bits by permutation, from ``words_ptr`` ``[rows, units]``."""
+    o0, o1, o2, o3 = load_octets(words_ptr, mask, BITS)
+    levels = octet_levels(o0, planes, BITS, KIND, ASM)
+    if BITS != 4:
         second = octet_levels(o1, planes, BITS, KIND, ASM)
-        third = octet_levels(o2, planes, BITS, KIND, ASM)
-        fourth = octet_levels(o3, planes, BITS, KIND, ASM)
-        levels = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (a.shape[0], a.shape[1], 32))
+        if BITS == 3:
+            third = octet_levels(o2, planes, BITS, KIND, ASM)
+            fourth = octet_levels(o3, planes, BITS, KIND, ASM)
+            levels, second = tl.join(levels, third), tl.join(second, fourth)
+        levels = tl.reshape(tl.join(levels, second), (o0.shape[0], o0.shape[1], 32 // BITS if BITS == 2 else 32))
     return levels
+
+
+@triton.jit
+def fused_pair(a, b, c, KIND: tl.constexpr, ASM: tl.constexpr):
+    """``a * b + c`` of words of two 16-bit floats, each rounded once."""
+    if ASM and tl.float16 == KIND:
+        out = tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    elif ASM:
+        out = tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        low = wide(low_half(a, KIND)) * wide(low_half(b, KIND)) + wide(low_half(c, KIND))
+        high = wide(high_half(a, KIND)) * wide(high_half(b, KIND)) + wide(high_half(c, KIND))
+        out = join_halves(low.to(KIND).to(tl.int16, bitcast=True), high.to(KIND).to(tl.int16, bitcast=True))
+    return out
+
+
+@triton.jit
+def wide(x):
+    """As float32."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def join_halves(low, high):
+    """Words of two int16."""
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def octet_pairs_of(x):
+    """Int16 ``[units, 8]`` as four words ``[1, units]``: columns 0 and 1, 2 and 3, and so on."""
+    low, high = tl.split(tl.reshape(x, (x.shape[0], 4, 2)))
+    even, odd = tl.split(tl.reshape(join_halves(low, high), (x.shape[0], 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0[None, :], w1[None, :], w2[None, :], w3[None, :]
+
+
+@triton.jit
+def octet_sum(octet, planes, x, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """``sum_k level[k] * x[k]`` float32 ``[rows, units]`` of an octet: two sums of four, each step rounded to ``KIND``."""
+    p0, p1, p2, p3 = octet_pairs(octet, planes, BITS, ASM)
+    x0, x1, x2, x3 = x
+    total = fused_pair(p0, x0, p0 * 0, KIND, ASM)
+    total = fused_pair(p1, x1, total, KIND, ASM)
+    total = fused_pair(p2, x2, total, KIND, ASM)
+    total = fused_pair(p3, x3, total, KIND, ASM)
+    return wide(low_half(total, KIND)) + wide(high_half(total, KIND))
+
+
+@triton.jit
+def paired_sums(words_ptr, mask, planes, x, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """``sum over a unit of level * x``, float32 ``[rows, units]``, of 2, 3 or 4 bits.
+
+    Args:
+        words_ptr: ``[rows, units]``, the first word of each unit.
+        x: 16-bit floats as int16 ``[units, columns of a unit]``.
+    """
+    o0, o1, o2, o3 = load_octets(words_ptr, mask, BITS)
+    if BITS == 4:
+        total = octet_sum(o0, planes, octet_pairs_of(x), BITS, KIND, ASM)
+    elif BITS == 2:
+        x0, x1 = tl.split(tl.reshape(x, (x.shape[0], 8, 2)))
+        total = octet_sum(o0, planes, octet_pairs_of(x0), BITS, KIND, ASM)
+        total += octet_sum(o1, planes, octet_pairs_of(x1), BITS, KIND, ASM)
+    else:
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], 8, 2, 2)))
+        x0, x2 = tl.split(even)
+        x1, x3 = tl.split(odd)
+        total = octet_sum(o0, planes, octet_pairs_of(x0), BITS, KIND, ASM)
+        total += octet_sum(o1, planes, octet_pairs_of(x1), BITS, KIND, ASM)
+        total += octet_sum(o2, planes, octet_pairs_of(x2), BITS, KIND, ASM)
+        total += octet_sum(o3, planes, octet_pairs_of(x3), BITS, KIND, ASM)
+    return total
 
 
 @triton.jit

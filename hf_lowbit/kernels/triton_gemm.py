@@ -21,6 +21,7 @@ def gemm_kernel(
     offset_super_ptr,
     table_ptr,
     planes_ptr,
+    unit_ptr,
     table_of_row_ptr,
     row_ids_ptr,
     bias_ptr,
@@ -68,7 +69,11 @@ def gemm_kernel(
     if PER_ROW:
         table_of_row = tl.load(table_of_row_ptr + stored)
     if PERMUTE:
-        planes = load_planes(planes_ptr, table_of_row, PER_ROW)
+        planes = load_planes(planes_ptr, table_of_row, PER_ROW, ASM)
+        # What the planes were divided by.
+        whole = factor * tl.load(unit_ptr)
+    else:
+        whole = factor
     x_rows = x_ptr + tl.minimum(m, batch - 1).to(tl.int64)[:, None] * x_stride
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first = split * units_each
@@ -81,7 +86,7 @@ def gemm_kernel(
         scale = group_values(
             scale_ptr, scale_super_ptr, stored[:, None], scale_stride, supers, group, per_super, inside, CODED
         )
-        scale = (scale * factor)[:, :, None]
+        scale = (scale * whole)[:, :, None]
         if PERMUTE:
             levels = permuted_levels(words_ptr, inside, planes, BITS, KIND, ASM)
         else:

@@ -1,14 +1,16 @@
-"""One row of activations: a stream over the codes, multiplied in float32 as they come, with no tensor core in between.
+"""One row of activations: a stream over the codes, multiplied as they come, with no tensor core in between.
 
-A program takes ``BLOCK_N`` rows of the matrix and walks along them ``BLOCK_U`` units at a time. Per weight it issues about
-seven instructions at 4 bits (``eval/gpu.py --static`` counts them in the compiled code). Rows of activations need not share
-a matrix: with ``EXPERTS`` each has the number of its own in a stack, so a few tokens of a mixture of experts are one launch.
+A program takes ``BLOCK_N`` rows of the matrix and walks along them ``BLOCK_U`` units at a time. Levels of 2 to 4 bits come
+in pairs of 16-bit floats and are multiplied so, two in an instruction, in sums of four that are then added in float32: 3.3,
+3.7 and 5.0 instructions a weight, where widening each level first took 5.5, 5.8 and 6.8 (``eval/gpu_static.py`` counts them
+in the compiled code). Rows of activations need not share a matrix: with ``EXPERTS`` each has the number of its own in a
+stack, so a few tokens of a mixture of experts are one launch.
 """
 
 import triton
 import triton.language as tl
 
-from hf_lowbit.kernels.triton_decode import group_values, load_planes, permuted_levels, table_levels
+from hf_lowbit.kernels.triton_decode import group_values, load_planes, paired_sums, permuted_levels, table_levels
 
 
 @triton.jit
@@ -21,6 +23,7 @@ def gemv_kernel(
     offset_super_ptr,
     table_ptr,
     planes_ptr,
+    unit_ptr,
     table_of_row_ptr,
     row_ids_ptr,
     expert_ptr,
@@ -66,7 +69,11 @@ def gemv_kernel(
     if PER_ROW:
         table_of_row = tl.load(table_of_row_ptr + stored)
     if PERMUTE:
-        planes = load_planes(planes_ptr, table_of_row, PER_ROW)
+        planes = load_planes(planes_ptr, table_of_row, PER_ROW, ASM)
+        # What the planes were divided by.
+        whole = tl.load(unit_ptr)
+    else:
+        whole = 1.0
     x_row = x_ptr + m * x_stride
     total = tl.zeros((BLOCK_N, BLOCK_U), tl.float32)
     first = split * units_each
@@ -75,23 +82,27 @@ def gemv_kernel(
         unit = start + tl.arange(0, BLOCK_U)
         inside = unit < last
         column = unit[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
-        x = tl.load(x_row + column, mask=inside[:, None] & (column < columns), other=0.0).to(tl.float32)
+        x = tl.load(x_row + column, mask=inside[:, None] & (column < columns), other=0.0)
         words_ptr = codes_ptr + stored[:, None] * words + (unit * UNIT_WORDS)[None, :]
-        if PERMUTE:
+        if PERMUTE and x.dtype != tl.float32:
+            sums = paired_sums(words_ptr, inside[None, :], planes, x.to(tl.int16, bitcast=True), BITS, x.dtype, ASM)
+        elif PERMUTE:
             levels = permuted_levels(words_ptr, inside[None, :], planes, BITS, tl.float16, ASM).to(tl.float32)
+            sums = tl.sum(levels * x[None, :, :], 2)
         else:
             levels = table_levels(words_ptr, inside[None, :], table_ptr, table_of_row, BITS, UNIT, PER_ROW)
+            sums = tl.sum(levels * x.to(tl.float32)[None, :, :], 2)
         group = ((unit * UNIT) // GROUP)[None, :]
         scale = group_values(
             scale_ptr, scale_super_ptr, stored[:, None], scale_stride, supers, group, per_super, inside[None, :], CODED
         )
-        total += tl.sum(levels * x[None, :, :], 2) * scale
+        total += sums * scale
         if OFFSET:
             offset = group_values(
                 offset_ptr, offset_super_ptr, stored[:, None], scale_stride, supers, group, per_super, inside[None, :], CODED
             )
-            total += offset * tl.sum(x, 1)[None, :]
-    y = tl.sum(total, 1) * factor
+            total += (offset / whole) * tl.sum(x.to(tl.float32), 1)[None, :]
+    y = tl.sum(total, 1) * (factor * whole)
     if BIAS:
         y += tl.load(bias_ptr + row, mask=valid, other=0.0).to(tl.float32)
     place = row

@@ -140,7 +140,7 @@ def _gemv(
     config = config or choose(stage, made.columns, 1, name, multiprocessors)
     block_u, each = _steps(stage, config.block_k, split)
     gemv_kernel[(triton.cdiv(stage.rows, config.block_n), x.shape[0], split)](
-        x, *_pointers(tensors, torch.float16), _or(tensors.row_ids, tensors), tensors.table if experts is None else experts,
+        x, *_pointers(tensors, x.dtype), _or(tensors.row_ids, tensors), tensors.table if experts is None else experts,
         x if bias is None else bias, out, stage.rows, made.columns, stage.words, stage.units, each, stage.scale_stride,
         stage.supers, stage.per_super, made.factor, x.stride(0), out.shape[-1],
         **_static(stage), PER_ROW=stage.tables > 1, SUBSET=stage.subset, EXPERTS=experts is not None, BIAS=bias is not None,
@@ -204,11 +204,16 @@ def _static(stage: StagePlan) -> dict[str, Any]:
 
 
 def _pointers(tensors: StageTensors, dtype: torch.dtype) -> list[Tensor]:
-    """In the order of the kernels; what a layout has not is some other tensor, which is never read."""
+    """In the order of the kernels; what a layout has not is some other tensor, which is never read.
+
+    Args:
+        dtype: of the activations; levels for float32 ones are fp16.
+    """
+    planes = tensors.planes[torch.bfloat16 if dtype == torch.bfloat16 else torch.float16]
     optional = (tensors.scale_super, tensors.offset, tensors.offset_super)
     return [
         tensors.codes, tensors.scale, *(_or(one, tensors) for one in optional), tensors.table,
-        tensors.planes.get(dtype, tensors.table), _or(tensors.table_of_row, tensors),
+        planes, tensors.unit, _or(tensors.table_of_row, tensors),
     ]  # fmt: skip
 
 

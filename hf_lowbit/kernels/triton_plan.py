@@ -1,9 +1,10 @@
 """What the Triton kernels need to know of a layout, and the small tensors they read beside the stored ones.
 
 The kernels read the canonical record: codes of 1, 2, 4 and 8 bits and bit planes alike are whole 32-bit words, a row's one
-after another, so nothing is repacked and nothing large exists twice. ``derive`` adds tables as float32 and as byte planes,
-the number of each row's table where there are several, and scales of 6 bits as bytes: 0.25 bits a weight at groups of 32,
-6 % of a 4-bit matrix; nothing at 8- and 16-bit scales.
+after another, so nothing is repacked and nothing large exists twice. ``derive`` adds tables as float32 and as byte planes
+(divided by a power of two, their unit, so that four products of one activation each cannot overflow fp16), the number of
+each row's table where there are several, and scales of 6 bits as bytes: 0.25 bits a weight at groups of 32, 6 % of a 4-bit
+matrix; nothing at 8- and 16-bit scales.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_lowbit.kernels.cpu_repack import check_indices, table_of_row
 
 # Widths whose levels are permuted out of registers.
 PERMUTED = (2, 3, 4)
-DERIVED = ("table", "planes_float16", "planes_bfloat16", "table_of_row", "scale", "offset")
+DERIVED = ("table", "planes_float16", "planes_bfloat16", "unit", "table_of_row", "scale", "offset")
 # Groups of a row that has only one: more than any row is long.
 ONE_GROUP = 1 << 30
 PLANE_BYTES = 16
@@ -126,9 +127,10 @@ def derive(tensor: LowBitTensor) -> list[Tensor]:
     for number, stage in enumerate(tensor.layout.stages):
         table, fields = tensor.table(number).float().contiguous(), tensor.stage_tensors(number)
         nothing = table.new_empty(0)
-        planes = [nothing, nothing]
+        planes = [nothing, nothing, nothing]
         if stage.bits in PERMUTED:
-            planes = [byte_planes(table, dtype) for dtype in (torch.float16, torch.bfloat16)]
+            unit = unit_of_table(table)
+            planes = [*(byte_planes(table / unit, dtype) for dtype in (torch.float16, torch.bfloat16)), unit]
         ids = table_of_row(tensor, stage, fields) if stage.tables > 1 else nothing
         groups = group_count(tensor.layout.in_features, stage.group_size)
         bytes_ = [nothing, nothing]
@@ -145,10 +147,17 @@ def derived_bytes(layout: Layout) -> int:
     total = 0
     for stage in layout.stages:
         rows, groups = stage.rows or layout.rows, group_count(layout.in_features, stage.group_size)
-        total += 4 * stage.tables * 2**stage.bits + (2 * 2 * PLANE_BYTES * stage.tables if stage.bits in PERMUTED else 0)
+        total += 4 * stage.tables * 2**stage.bits
+        total += 2 * 2 * PLANE_BYTES * stage.tables + 4 if stage.bits in PERMUTED else 0
         total += 4 * rows if stage.tables > 1 else 0
         total += (1 + stage.offset) * rows * groups if stage.scale_bits == 6 else 0
     return total
+
+
+def unit_of_table(table: Tensor) -> Tensor:
+    """The power of two, float32 ``[1]``, that brings levels to a quarter at most."""
+    most = table.abs().max().clamp_min(2.0**-100)
+    return torch.exp2(torch.ceil(torch.log2(most)) + 2).view(1)
 
 
 def byte_planes(table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,6 +177,7 @@ class StageTensors(NamedTuple):
     offset_super: Tensor | None
     table: Tensor
     planes: dict[torch.dtype, Tensor]
+    unit: Tensor
     table_of_row: Tensor | None
     row_ids: Tensor | None
 
@@ -193,6 +203,6 @@ def stage_tensors(plan_: Plan, number: int, stored: Sequence[Tensor], derived: S
     return StageTensors(
         named[stage_field("codes", number)].view(torch.int32), scale, supers("scale"), group_values("offset"),
         supers("offset"), own["table"],
-        {torch.float16: own["planes_float16"], torch.bfloat16: own["planes_bfloat16"]},
+        {torch.float16: own["planes_float16"], torch.bfloat16: own["planes_bfloat16"]}, own["unit"],
         own["table_of_row"] if stage.tables > 1 else None, named.get(stage_field("row_ids", number)),
     )  # fmt: skip
