@@ -6,8 +6,8 @@ neighbouring words and a thread reads four of them, 16 bytes, at once (of bit pl
 
 Levels of 2, 3 and 4 bits come out of registers. The codes of a unit are brought into *octets*, words with a code in each
 nibble, which are the selectors of a byte permutation (``prmt``) over the low and the high bytes of the table in 16-bit
-floats, two of which come out in a word: 1.4, 1.6 and 2.6 instructions a level, and no memory. All other widths, and processors without that instruction,
-look levels up in a float32 table that stays in the first-level cache.
+floats, two of which come out in a word: 1.4, 1.6 and 2.6 instructions a level, and no memory. All other widths, and
+processors without that instruction, look levels up in a float32 table that stays in the first-level cache.
 """
 
 import triton
