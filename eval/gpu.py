@@ -4,8 +4,10 @@
 
 Prints for widths of 2, 3, 4 and 8 bits (groups of 64, 16-bit scales) and batches of 1, 16 and 512 on a 4096x14336 matrix:
 time, GB/s of stored bytes and their share of a copy measured in between, speed against ``F.linear`` in bfloat16 and against
-what else is installed (bitsandbytes NF4, torchao int4, gemlite); then tokens per second of the matrices of a 1 B and an 8 B
-Llama, one after another in one CUDA graph. Times are medians; copies of a matrix take turns, so that no cache holds them.
+what else is installed (bitsandbytes NF4, torchao int4, gemlite, FLUTE, Marlin); the matrices of a 1 B and an 8 B Llama, one
+after another in one CUDA graph; whole models of these sizes: memory while they are loaded, and tokens per second of
+``generate`` with a static cache beside bfloat16 and bitsandbytes; one token's attention over the packed cache beside the
+host's. Times are medians; copies of a matrix take turns, so that no cache holds them.
 Every product is first held to the float64 product of the decoded matrix: at most 1e-2 of the largest output. ``--tune``
 tries other block sizes and writes the best into ``hf_lowbit/kernels/triton_configs.json``. Writes ``eval/results/gpu.json``.
 Exit code 2 where there is no CUDA device, 1 where a product is wrong.
@@ -14,7 +16,6 @@ Exit code 2 where there is no CUDA device, 1 where a product is wrong.
 from __future__ import annotations
 
 import argparse
-import importlib
 import itertools
 import json
 import statistics
@@ -24,7 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gpu_models
 import torch
+from gpu_peers import PEERS, why_not
 from results_file import write
 from torch import Tensor
 
@@ -38,11 +41,6 @@ WIDTHS, BATCHES = (4, 3, 2, 8), (1, 16, 512)
 ALLOWED_ERROR = 1e-2
 # More bytes of turns than a last-level cache holds, and a copy far beyond it.
 TURNS_BYTES, COPY_BYTES = 256 << 20, 1 << 30
-# Matrices of a layer (times), layers, and the head, of Llamas.
-MODELS = {
-    "1 B": ([(2048, 2048, 2), (512, 2048, 2), (8192, 2048, 2), (2048, 8192, 1)], 16, (128256, 2048)),
-    "8 B": ([(4096, 4096, 2), (1024, 4096, 2), (14336, 4096, 2), (4096, 14336, 1)], 32, (128256, 4096)),
-}
 BLOCKS_N, BLOCKS_K, WARPS = (4, 8, 16, 32, 64, 128), (512, 1024, 2048), (1, 2, 4, 8)
 GEMM_BLOCKS_K, STAGES, SPLITS = (64, 128, 256), (1, 2, 3, 4), (1, 2, 4, 8)
 
@@ -124,40 +122,13 @@ def dense(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
     return [lambda weight=weight: torch.nn.functional.linear(x, weight) for weight in weights]
 
 
-def bitsandbytes_nf4(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
-    """4-bit NF4 layers of bitsandbytes."""
-    bnb = importlib.import_module("bitsandbytes")
+def others(name: str, shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
+    """Layers of a peer that take turns."""
     layers = []
     for _ in range(max(2, 2 * TURNS_BYTES // (shape[0] * shape[1]))):
-        layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=x.dtype, quant_type="nf4")
-        layers.append(layer.to(x.device))
+        linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=x.dtype, device=x.device)
+        layers.append(PEERS[name](linear, x.shape[0]))
     return [lambda layer=layer: layer(x) for layer in layers]
-
-
-def torchao_int4(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
-    """Int4 weights of torchao in groups of 64."""
-    quantization = importlib.import_module("torchao.quantization")
-    layers = []
-    for _ in range(max(2, 2 * TURNS_BYTES // (shape[0] * shape[1]))):
-        layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=x.dtype, device=x.device)
-        quantization.quantize_(layer, quantization.Int4WeightOnlyConfig(group_size=64))
-        layers.append(layer)
-    return [lambda layer=layer: layer(x) for layer in layers]
-
-
-def gemlite_int4(shape: tuple[int, int], x: Tensor) -> list[Callable[[], Tensor]]:
-    """Int4 layers of gemlite in groups of 64."""
-    helper = importlib.import_module("gemlite.helper")
-    hqq = importlib.import_module("hqq.core.quantize")
-    layers = []
-    for _ in range(max(2, 2 * TURNS_BYTES // (shape[0] * shape[1]))):
-        layer = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=x.dtype, device=x.device)
-        config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-        layers.append(helper.A16Wn(device=str(x.device)).from_hqqlinear(hqq.HQQLinear(layer, config, compute_dtype=x.dtype)))
-    return [lambda layer=layer: layer(x) for layer in layers]
-
-
-PEERS = {"bitsandbytes NF4": bitsandbytes_nf4, "torchao int4": torchao_int4, "gemlite int4": gemlite_int4}
 
 
 def in_turn(jobs: list[Callable[[], Any]], seconds: float, graph: bool = True) -> float:
@@ -169,11 +140,11 @@ def in_turn(jobs: list[Callable[[], Any]], seconds: float, graph: bool = True) -
 def peers(shape: tuple[int, int], x: Tensor, seconds: float) -> dict[str, Any]:
     """Seconds of every peer that is installed, and why the others are not there."""
     found: dict[str, Any] = {}
-    for name, make in PEERS.items():
+    for name in PEERS:
         try:
-            found[name] = in_turn(make(shape, x), seconds)
+            found[name] = in_turn(others(name, shape, x), seconds)
         except Exception as reason:  # whatever a peer of some version does: the table says so and goes on
-            found[name] = f"not measured: {type(reason).__name__}: {str(reason)[:100]}"
+            found[name] = why_not(reason)
     return found
 
 
@@ -182,7 +153,7 @@ def kernel_rows(device: torch.device, seconds: float) -> list[dict[str, Any]]:
     rows = []
     for batch in BATCHES:
         x = torch.randn(batch, SHAPE[1], dtype=torch.bfloat16, device=device)
-        bf16, others = in_turn(dense(SHAPE, x), seconds), peers(SHAPE, x, seconds)
+        bf16, found = in_turn(dense(SHAPE, x), seconds), peers(SHAPE, x, seconds)
         for bits in WIDTHS:
             jobs, wrong = ours(SHAPE, bits, batch, x)
             took, copied = in_turn(jobs, seconds), copy_bandwidth(device, seconds)
@@ -191,7 +162,7 @@ def kernel_rows(device: torch.device, seconds: float) -> list[dict[str, Any]]:
                 "bits": bits, "batch": batch, "us": took * 1e6, "error": wrong, "gb_s": stored / took / 1e9,
                 "share_of_copy": stored / took / copied, "times_bf16": bf16 / took,
             }  # fmt: skip
-            row |= {f"times {name}": value / took if isinstance(value, float) else value for name, value in others.items()}
+            row |= {f"times {name}": value / took if isinstance(value, float) else value for name, value in found.items()}
             rows.append(row)
             print_row(row)
     return rows
@@ -205,10 +176,10 @@ def print_row(row: dict[str, Any]) -> None:
 def model_rows(device: torch.device, seconds: float, layers: int) -> list[dict[str, Any]]:
     """Tokens per second of all matrices of a model, each its own, in one graph: what attention and norms come on top of."""
     rows = []
-    for name, (shapes, depth, head) in MODELS.items():
-        depth = min(depth, layers)
-        every = [shape[:2] for shape in shapes for _ in range(shape[2])] * depth + [head]
-        row: dict[str, Any] = {"model": name, "layers": depth}
+    for name in gpu_models.MODELS:
+        config = gpu_models.config_of(name, layers)
+        every = gpu_models.matrices(config)
+        row: dict[str, Any] = {"model": name, "layers": config.num_hidden_layers}
         try:
             took, bf16 = model_seconds(every, device, seconds)
             row |= {"tokens_per_s": 1 / took, "times_bf16": bf16 / took}
@@ -239,16 +210,16 @@ def tune(device: torch.device, seconds: float) -> None:
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     path = Path(triton_configs.__file__).with_name(triton_configs.FILE)
     table = json.loads(path.read_text(encoding="utf-8"))
-    shapes = sorted({shape[:2] for shapes, _, _ in MODELS.values() for shape in shapes})
+    shapes = sorted({shape for model in gpu_models.MODELS for shape in gpu_models.matrices(gpu_models.config_of(model, 1))})
     from hf_lowbit.kernels import triton_launch
 
-    for shape, bits, batch in itertools.product(shapes, WIDTHS, (1, 16)):
+    for shape, bits, batch in itertools.product(shapes, WIDTHS, BATCHES):
         kind = "gemv" if batch == 1 else "gemm"
         stage = plan(record(shape, bits, torch.device("meta")).layout.dumps()).stages[0]
         x = torch.randn(batch, shape[1], dtype=torch.bfloat16, device=device)
         best, least = None, float("inf")
         rule = triton_configs.choose(stage, shape[1], batch, "", multiprocessors)
-        for config in [rule, *candidates(kind)]:
+        for config in [rule, *candidates(batch)]:
             triton_launch.choose = lambda *args, config=config: config
             try:
                 took = in_turn(ours(shape, bits, batch, x)[0], seconds)
@@ -262,13 +233,14 @@ def tune(device: torch.device, seconds: float) -> None:
         print(f"{name}: {kind} {shape} {bits} bits, batch {batch}: {best}, {least * 1e6:.1f} us")
 
 
-def candidates(kind: str) -> list[triton_configs.Config]:
+def candidates(batch: int) -> list[triton_configs.Config]:
     """Block sizes worth a try."""
-    if kind == "gemv":
+    if batch == 1:
         cut = [(n, k, w) for n, k, w in itertools.product(BLOCKS_N, BLOCKS_K, WARPS) if n <= 32 and 1 <= n // w <= 8]
         return [triton_configs.Config(1, n, k, w, 1, 1) for n, k, w in cut]
-    cut = [(n, k, w) for n, k, w in itertools.product((32, 64, 128), GEMM_BLOCKS_K, (2, 4, 8))]
-    return [triton_configs.Config(16, *one, stages, split) for one in cut for stages in STAGES[1:3] for split in SPLITS[::2]]
+    rows, splits = ((16,), SPLITS[::2]) if batch <= 16 else ((128, 256), (1,))
+    cut = itertools.product(rows, (32, 64, 128), GEMM_BLOCKS_K, (2, 4, 8), STAGES[1:3], splits)
+    return [triton_configs.Config(*one) for one in cut]
 
 
 def main() -> int:
@@ -295,8 +267,12 @@ def main() -> int:
         "device": torch.cuda.get_device_name(device),
         "copy_gb_s": copy_bandwidth(device, args.seconds) / 1e9,
         "kernels": kernel_rows(device, args.seconds),
-        "models": model_rows(device, args.seconds, args.layers),
+        "matrices": model_rows(device, args.seconds, args.layers),
     }
+    result["cache"] = gpu_models.cache_rows(device, lambda job: median_seconds(captured(job), args.seconds))
+    result["models"] = gpu_models.decode_rows(device, args.layers)
+    for row in [*result["cache"], *result["models"]]:
+        print_row(row)
     print("written to", write("gpu", result))
     wrong = [row for row in result["kernels"] if not row["error"] <= ALLOWED_ERROR]
     for row in wrong:

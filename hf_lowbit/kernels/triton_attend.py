@@ -31,9 +31,7 @@ def load_queries(q_ptr, q, queries, dim, BLOCK_D: tl.constexpr):
 @triton.jit
 def product(a, b, WIDE: tl.constexpr):
     """``a @ b`` in float32; ``WIDE`` first makes them so, since Triton's interpreter has no arithmetic of bfloat16."""
-    if WIDE:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32))
-    return tl.dot(a, b)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32)) if WIDE else tl.dot(a, b)
 
 
 @triton.jit
@@ -42,7 +40,7 @@ def hidden(mask_ptr, position, seen, b, q, tokens, mask_batch, mask_query, mask_
     where = mask_ptr + b * mask_batch + (q % tokens)[:, None] * mask_query + position[None, :] * mask_key
     found = tl.load(where, mask=seen[None, :], other=0)
     if MASK == 1:
-        return tl.where(found != 0, 0.0, float("-inf"))
+        found = tl.where(found != 0, 0.0, float("-inf"))
     return found
 
 

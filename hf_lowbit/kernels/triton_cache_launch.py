@@ -38,6 +38,11 @@ class Shape(NamedTuple):
         return power_of_two(self.dim)
 
     @property
+    def warps(self) -> int:
+        """Of a program; four hold 2,048 sums beside a tile of keys or values."""
+        return 4 if self.block_m * self.block_d <= MOST_SUMS // 2 else 8
+
+    @property
     def tiles(self) -> int:
         """Programs for the queries of a head of keys."""
         return triton.cdiv(self.queries, self.block_m)
@@ -147,7 +152,7 @@ class Call(NamedTuple):
     def _constants(self) -> dict[str, Any]:
         return {
             "WIDE": interpreted(), "BLOCK_M": self.shape.block_m, "BLOCK_D": self.shape.block_d,
-            "num_warps": 4, "num_stages": 1,
+            "num_warps": self.shape.warps, "num_stages": 1,
         }  # fmt: skip
 
 
