@@ -108,15 +108,15 @@ class LowBitCache(Cache):
         return save(self, Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, config: Any) -> LowBitCache:
-        """Read a cache that :meth:`save` wrote, for the same model.
+    def load(cls, path: str | Path, config: Any, device: str | torch.device = "cpu") -> LowBitCache:
+        """Read a cache that :meth:`save` wrote, for the same model, onto the device that model is on.
 
         Raises:
             FormatError: the file is no such cache, or of another model.
         """
         from hf_lowbit.kv.storage import load
 
-        return load(Path(path), config)
+        return load(Path(path), config, torch.device(device))
 
     @torch.compiler.disable
     def _check(self, keys: Tensor, number: int) -> None:

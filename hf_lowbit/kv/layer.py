@@ -250,6 +250,11 @@ class LowBitLayer(CacheLayerMixin):
         if keys.shape != values.shape:
             raise BadRequest(f"keys {list(keys.shape)} and values {list(values.shape)} of one width are needed.")
         if self.is_initialized:
+            if keys.device != self.device:
+                raise BadRequest(
+                    f"the cache is on {self.device}, {keys.device} tokens were given. Load a saved cache with "
+                    f"device={str(keys.device)!r}, or use a new one."
+                )
             if keys.shape[0] != held.batch:
                 raise BadRequest(
                     f"the cache holds {held.batch} sequences, {keys.shape[0]} were given. Use batch_select_indices or "

@@ -65,12 +65,12 @@ def save(cache: LowBitCache, path: Path) -> Path:
     return path
 
 
-def load(path: Path, config: Any) -> LowBitCache:
+def load(path: Path, config: Any, device: torch.device) -> LowBitCache:
     """Inverse of :func:`save`."""
     from hf_lowbit.kv.cache import LowBitCache
 
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "pt", device=str(device)) as file:
             text = (file.metadata() or {}).get(KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
@@ -90,7 +90,7 @@ def load(path: Path, config: Any) -> LowBitCache:
         raise FormatError(f"{path} is the cache of another model: {'; '.join(differ)}.")
     try:
         for number, layer in cache.low_bit_layers().items():
-            _restore(layer, record["layers"][number], f"{number}.", tensors)
+            _restore(layer, record["layers"][number], f"{number}.", tensors, device)
     except (KeyError, IndexError) as error:
         raise FormatError(f"{path} is incomplete: {error} is missing.") from error
     return cache
@@ -120,11 +120,13 @@ def _state(layer: LowBitLayer, prefix: str, tensors: dict[str, Tensor]) -> dict[
     }
 
 
-def _restore(layer: LowBitLayer, known: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> None:
+def _restore(
+    layer: LowBitLayer, known: dict[str, Any], prefix: str, tensors: dict[str, Tensor], device: torch.device
+) -> None:
     batch, heads, length, dim = known["shape"]
     if not length:
         return
-    like = torch.empty(batch, heads, 0, dim, dtype=DTYPES[known["dtype"]])
+    like = torch.empty(batch, heads, 0, dim, dtype=DTYPES[known["dtype"]], device=device)
     layer.lazy_initialization(like, like)
     held = layer.held
 

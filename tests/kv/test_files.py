@@ -77,3 +77,14 @@ def test_heat_maps(used, model, tmp_path):
         used.heatmap(tmp_path / "map.png", sequence=3)
     with pytest.raises(BadRequest, match="there is nothing to draw"):
         LowBitCache(model.config).heatmap(tmp_path / "map.png")
+
+
+def test_a_cache_on_another_device_is_refused(model, ids):
+    cache = LowBitCache(model.config)
+    with torch.no_grad():
+        model(ids[:, :60], past_key_values=cache)
+    there = torch.zeros(1, 2, 1, 64, device="meta")
+    with pytest.raises(
+        BadRequest, match=r"the cache is on cpu, meta tokens were given. Load a saved cache with device='meta'"
+    ):
+        cache.layers[0].update(there, there)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_lowbit import LowBitConfig, explain, quantize
+from hf_lowbit import LowBitCache, LowBitConfig, explain, quantize
 from hf_lowbit.errors import FallbackError
 from hf_lowbit.kernels import Backend, Verdict, register_backend
 from hf_lowbit.kernels.reference import Reference
@@ -125,3 +125,17 @@ def test_a_compiled_model_gives_the_same_tokens(tmp_path):
     expected = model(IDS.cuda()).logits
     for _ in range(3):
         assert (compiled(IDS.cuda()) - expected).norm() < 0.02 * expected.norm()
+
+
+@on_gpu
+@torch.no_grad()
+def test_generating_with_a_packed_cache_runs_on_its_kernel(tmp_path):
+    quantize(families.make_model("llama"), LowBitConfig(bits=4)).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cuda", dtype=torch.bfloat16)
+    ids = torch.randint(3, 200, (1, 200), generator=torch.Generator().manual_seed(0)).cuda()
+    cache = LowBitCache(model.config, low_bits=8, recent=16)
+    found = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, past_key_values=cache)
+    assert "compiled kernel" in cache.report().attention
+    cache.save(tmp_path / "cache")
+    again = LowBitCache.load(tmp_path / "cache", model.config, device="cuda")
+    assert model(found[:, -1:], past_key_values=again).logits.isfinite().all()
