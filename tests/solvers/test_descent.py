@@ -172,7 +172,11 @@ def test_the_target_is_the_weight_where_the_prefix_changes_nothing(codings):
     weight, x = codings.gauss(8, 16), codings.inputs(300, 16)
     gram = codings.gram_of(x)
     found = Statistics(300, gram, x.mean(0), x.abs().amax(0), gram)
-    assert torch.allclose(Calibrated(SOLVERS["gptq"], Spec(method="gptq"), [found]).targets(weight), weight, atol=1e-5)
+    target = Calibrated(SOLVERS["gptq"], Spec(method="gptq"), [found]).targets(weight)
+    # What solving in float32 may lose of weights near one; 2e-5 is.
+    lost = float(torch.linalg.cond(gram)) * torch.finfo(torch.float32).eps
+    assert lost < 1e-3
+    assert torch.allclose(target, weight, atol=lost)
     own = Spec(method="gptq", options={"target": "own"})
     moved = Statistics(300, gram, x.mean(0), x.abs().amax(0), 2 * gram)
     assert torch.equal(Calibrated(SOLVERS["gptq"], own, [moved]).targets(weight), weight)
