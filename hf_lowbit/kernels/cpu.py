@@ -26,7 +26,6 @@ Results do not depend on the number of threads. They do depend on the instructio
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -138,11 +137,6 @@ class Cpu(Backend):
             )
         return ops.OPS.cpu_linear(x, prepared.matrix, prepared.rows, prepared.mode, bias)
 
-    def linear_many(self, x: Tensor, prepared: Sequence[Prepared]) -> list[Tensor]:
-        """One product per matrix, all reading the same ``x``, whose rounding they share; no gradient."""
-        mode = _mode or max(one.auto for one in prepared)
-        return ops.OPS.cpu_linear_many(x, [one.matrix for one in prepared], [one.rows for one in prepared], mode)
-
     def embedding(self, ids: Tensor, prepared: Prepared, dtype: torch.dtype) -> Tensor:
         """``hf_lowbit::cpu_rows``: only the rows asked for are decoded."""
         return ops.OPS.cpu_rows(ids, prepared.matrix, prepared.rows, prepared.columns, dtype)
@@ -215,25 +209,6 @@ def _decoded_linear(x: Tensor, matrix: Tensor, rows: int, columns: int, bias: Te
     return y.to(x.dtype).view(*x.shape[:-1], rows)
 
 
-def _linear_many(x: Tensor, matrices: Sequence[Tensor], rows: Sequence[int], mode: int) -> list[Tensor]:
-    columns = [_columns_of(matrix, count) for matrix, count in zip(matrices, rows, strict=True)]
-    if not columns:
-        raise BadRequest("a product by several matrices needs at least one.")
-    for wrong in columns:
-        x = _activations(x, wrong)
-    ys = [torch.empty(*x.shape[:-1], count, dtype=x.dtype) for count in rows]
-    count = len(ys)
-    checked(
-        loaded().lowbit_linear_many(
-            (ctypes.c_void_p * count)(*[matrix.data_ptr() for matrix in matrices]),
-            (ctypes.c_int64 * count)(*[matrix.numel() for matrix in matrices]),
-            count, x.data_ptr(), x.numel() // columns[0], columns[0], DTYPES[x.dtype], None,
-            (ctypes.c_void_p * count)(*[y.data_ptr() for y in ys]), mode, torch.get_num_threads(),
-        )
-    )  # fmt: skip
-    return ys
-
-
 def linear_codes(codes: Tensor, matrix: Tensor, rows: int) -> Tensor:
     """Products in whole numbers of inputs that were rounded already, times the scale of each row.
 
@@ -293,8 +268,6 @@ _FUNCTIONS = (
      lambda x, matrix, rows, mode, bias: x.new_empty(*x.shape[:-1], rows)),
     ("cpu_linear_train(Tensor x, Tensor matrix, int rows, int mode, Tensor? bias, Tensor[] tensors, str layout) -> Tensor",
      _linear_train, lambda x, matrix, rows, mode, bias, tensors, layout: x.new_empty(*x.shape[:-1], rows)),
-    ("cpu_linear_many(Tensor x, Tensor[] matrices, int[] rows, int mode) -> Tensor[]", _linear_many,
-     lambda x, matrices, rows, mode: [x.new_empty(*x.shape[:-1], count) for count in rows]),
     ("cpu_linear_codes(Tensor codes, Tensor matrix, int rows) -> Tensor", _linear_codes,
      lambda codes, matrix, rows: codes.new_empty(codes.shape[0], rows, dtype=torch.float32)),
     ("cpu_rows(Tensor ids, Tensor matrix, int rows, int columns, ScalarType dtype) -> Tensor", _rows,

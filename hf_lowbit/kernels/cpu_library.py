@@ -49,10 +49,6 @@ _SIGNATURES = {
     "lowbit_linear": (
         c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32,
     ),
-    "lowbit_linear_many": (
-        c_int32, POINTER(c_void_p), POINTER(c_int64), c_int32, c_void_p, c_int64, c_int32, c_int32, POINTER(c_void_p),
-        POINTER(c_void_p), c_int32, c_int32,
-    ),
     "lowbit_linear_codes": (c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_void_p, c_int32),
     "lowbit_rows": (c_int32, c_void_p, c_int64, c_void_p, c_int64, c_int32, c_void_p, c_int32),
     "lowbit_layer": (c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),

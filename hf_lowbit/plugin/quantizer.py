@@ -8,7 +8,6 @@ tensor, then ``_process_model_after_weight_loading``.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -16,20 +15,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, _IdentityOp
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 
 from hf_lowbit.errors import BadRequest, FormatError, LowBitError, WeightError
-from hf_lowbit.format.layout import Layout
 from hf_lowbit.format.serialize import Record, checksum, field_name, read_record
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.kernels import cpu_library
 from hf_lowbit.kernels.triton_backend import Triton
 from hf_lowbit.pipeline.run import MemoryStore
 from hf_lowbit.plugin.auto import resolve
+from hf_lowbit.plugin.belonging import (
+    by_model_name,
+    check_complete,
+    check_shape,
+    check_shapes,
+    has_parameter,
+    is_whole,
+    safetensors_of,
+)
 from hf_lowbit.plugin.compress import (
     calibration_for,
     check_calibration,
@@ -40,21 +45,20 @@ from hf_lowbit.plugin.compress import (
     with_provenance,
 )
 from hf_lowbit.plugin.config import LowBitConfig
-from hf_lowbit.plugin.default_cache import HOOK, use_low_bit_cache
-from hf_lowbit.plugin.experts import LowBitExperts, to_dense
+from hf_lowbit.plugin.default_cache import use_low_bit_cache
+from hf_lowbit.plugin.dense import dequantize_modules
+from hf_lowbit.plugin.experts import LowBitExperts
 from hf_lowbit.plugin.fused import fuse
 from hf_lowbit.plugin.hub import give_card
 from hf_lowbit.plugin.modules import (
     ActivationQuantizer,
-    LowBitEmbedding,
     LowBitLinear,
     LowBitModule,
-    LowBitTiedHead,
     put_activations,
 )
 from hf_lowbit.plugin.origin import MADE_FROM, note_origin
 from hf_lowbit.plugin.rewrite import DONE, Rewriting
-from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules, retie_record
+from hf_lowbit.plugin.targets import Targets, ends_of, find_targets, low_bit_modules, replace_modules
 from hf_lowbit.solvers import solve
 
 if TYPE_CHECKING:
@@ -85,11 +89,11 @@ class LowBitQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         dtype = model.dtype
         if self.pre_quantized:
-            files = _safetensors(kwargs.get("checkpoint_files"))
+            files = safetensors_of(kwargs.get("checkpoint_files"))
             record = read_record(files)
-            layouts = _by_model_name(model, record.layouts)
+            layouts = by_model_name(model, record.layouts)
             self.targets = Targets(kept=record.kept)
-            _check_shapes(model, layouts)
+            check_shapes(model, layouts)
             replace_modules(model, layouts, dtype)
             for full, layout in layouts.items():
                 name, _, parameter = full.rpartition(".")
@@ -103,13 +107,13 @@ class LowBitQuantizer(HfQuantizer):
                 hold_place(module, parameter)
             put_activations(model, {name: ActivationQuantizer(layout) for name, layout in record.activations.items()})
             self.steps = list(record.transforms)
-            _check_complete(model, files)
+            check_complete(model, files)
             return
         config = self.quantization_config = resolve(self.quantization_config, model)
         check_calibration(config)
         self.targets = find_targets(model, config)
         if not is_streamed(config):
-            self._dense_files = [Path(file) for file in _safetensors(kwargs.get("checkpoint_files"))]
+            self._dense_files = [Path(file) for file in safetensors_of(kwargs.get("checkpoint_files"))]
         else:
             replace_modules(model, self.targets.chosen, dtype)
 
@@ -158,8 +162,8 @@ class LowBitQuantizer(HfQuantizer):
 
     def _keep_what_is_new(self, model: PreTrainedModel) -> None:
         """Give back their dense modules to matrices the checkpoint does not hold: a new head, never a part of the model."""
-        for full in [full for full in self.targets.chosen if _has_parameter(model, full)]:
-            if _is_whole(model):
+        for full in [full for full in self.targets.chosen if has_parameter(model, full)]:
+            if is_whole(model):
                 raise FormatError(
                     f"the files lack {full!r}, which config.json asks for. "
                     "Config and weights are not of one checkpoint, or a file is missing."
@@ -324,106 +328,3 @@ def record_of(model: PreTrainedModel, kept: dict[str, str], steps: Sequence[dict
         if not tensor.is_meta and not stored_there:
             checksums[name] = checksum(tensor)
     return Record(layouts, checksums, kept, tuple(ends), activations, tuple(steps))
-
-
-def dequantize_modules(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Replace every low-bit module by the dense one it stood for, and tie what was tied."""
-    tied = False
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LowBitExperts):
-            to_dense(module, dtype)
-        elif isinstance(module, LowBitEmbedding):
-            model.set_submodule(name, module.dense(dtype))
-        elif isinstance(module, LowBitLinear):
-            model.set_submodule(name, dense_linear(module, module.dense(dtype)))
-        elif isinstance(module, LowBitTiedHead):
-            head: Any = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            head.bias = module.bias
-            model.set_submodule(name, head)
-            tied = True
-    if tied:
-        retie_record(model)
-    for name in ("push_to_hub", "_weight_conversions", HOOK):
-        model.__dict__.pop(name, None)
-
-
-def dense_linear(module: LowBitLinear, weight: Tensor) -> nn.Module:
-    """The module a low-bit one replaced, around a weight in that module's own order of axes."""
-    with torch.device("meta"):
-        new: Any = Conv1D(module.out_features, module.in_features) if module.transposed else None
-        new = new or nn.Linear(module.in_features, module.out_features, module.bias is not None)
-    new.weight, new.bias = nn.Parameter(weight, requires_grad=False), module.bias
-    return new
-
-
-def _safetensors(files: Any) -> list[str]:
-    found = [str(file) for file in files or [] if str(file).endswith(".safetensors")]
-    if not found:
-        raise FormatError("there is no safetensors file to load; hf-lowbit reads no other kind.")
-    return found
-
-
-def _by_model_name(model: PreTrainedModel, layouts: dict[str, Layout]) -> dict[str, Layout]:
-    """Layouts under this model's names: a base model loads its head's checkpoint without the prefix, and vice versa."""
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    out = {}
-    for full, layout in layouts.items():
-        candidates = [full, full.removeprefix(prefix), prefix + full]
-        found = next((name for name in candidates if _has_parameter(model, name)), None)
-        if found is not None:
-            out[found] = layout
-        elif not re.search(r"(head|score|classifier)\b", full):
-            raise FormatError(f"the checkpoint holds low-bit {full!r}, which {type(model).__name__} does not have.")
-    return out
-
-
-def _has_parameter(model: PreTrainedModel, full: str) -> bool:
-    try:
-        model.get_parameter(full)
-    except AttributeError:
-        return False
-    return True
-
-
-def _is_whole(model: PreTrainedModel) -> bool:
-    """Whether the checkpoint is one of this very class, so that nothing of the model may be new."""
-    return type(model).__name__ in (model.config.architectures or [])
-
-
-def _check_complete(model: PreTrainedModel, files: list[str]) -> None:
-    """Refuse files that lack what config.json asks for: the host would go on with random numbers and a warning."""
-    if not _is_whole(model):
-        return
-    held: set[str] = set()
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            held |= set(handle.keys())
-    free = [*(model._keys_to_ignore_on_load_missing or [])]
-    ties = model.all_tied_weights_keys
-    lacking = [n for n in model.state_dict() if n not in held and n not in ties and not any(re.search(p, n) for p in free)]
-    if lacking:
-        raise FormatError(
-            f"the files lack {lacking[0]!r} ({len(lacking)} missing in all), which config.json asks for. "
-            "Config and weights are not of one checkpoint, or a file is missing."
-        )
-
-
-def _check_shapes(model: PreTrainedModel, layouts: dict[str, Layout]) -> None:
-    for full, layout in layouts.items():
-        module = model.get_submodule(full.rpartition(".")[0])
-        shape = list(model.get_parameter(full).shape)
-        if isinstance(module, Conv1D) or getattr(module, "is_transposed", False):
-            shape[-2:] = shape[:-3:-1]
-        check_shape(full, shape, list(layout.shape))
-
-
-def check_shape(full: str, wanted: list[int], found: list[int]) -> None:
-    """Refuse a stored matrix of another shape than the model built from config.json has.
-
-    Raises:
-        FormatError: naming both.
-    """
-    if wanted != found:
-        raise FormatError(
-            f"config.json makes {full!r} {wanted}, the file holds {found}. Config and weights are not of one checkpoint."
-        )

@@ -192,16 +192,6 @@ def test_concurrent_callers_do_not_disturb_each_other(threads, records):
     assert not wrong and not any(caller.is_alive() for caller in callers)
 
 
-def test_several_matrices_share_one_input(isa, records):
-    layouts = [simple(48), simple(17, bits=3), simple(31, bits=2, permuted=True), simple(5, bits=8)]
-    prepared = [backend().prepare(records.fill(layout, seed)) for seed, layout in enumerate(layouts)]
-    for mode, batch in product(MODES, (1, 9)):
-        x = gauss(2, batch, 96)
-        with cpu.arithmetic(mode):
-            for found, one in zip(backend().linear_many(x, prepared), prepared, strict=True):
-                assert torch.equal(found, backend().linear(x, one))
-
-
 def test_a_bias_is_added_before_rounding(records):
     prepared = backend().prepare(records.fill(simple(), 0))
     bias, x = gauss(29, seed=1), gauss(3, 96)
@@ -317,7 +307,6 @@ def test_ops_keep_the_rules_of_torch(records):
     x = gauss(3, 96)
     torch.library.opcheck(ops.OPS.cpu_linear.default, (x, prepared.matrix, 29, 1, None))
     torch.library.opcheck(ops.OPS.cpu_linear.default, (x.bfloat16(), prepared.matrix, 29, 2, gauss(29)))
-    torch.library.opcheck(ops.OPS.cpu_linear_many.default, (x, [prepared.matrix, prepared.matrix], [29, 29], 1))
     torch.library.opcheck(ops.OPS.cpu_rows.default, (torch.tensor([[1, 12]]), prepared.matrix, 29, 96, torch.float32))
     arguments = (x.requires_grad_(), prepared.matrix, 29, 2, None, prepared.tensors, prepared.layout)
     torch.library.opcheck(ops.OPS.cpu_linear_train.default, arguments)

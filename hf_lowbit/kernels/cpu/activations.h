@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "matrix.h"
+
 namespace lowbit {
 
 // Rows of x, made once per call and shared by all matrices that read them.
@@ -22,5 +24,21 @@ struct Activations {
 
     int64_t place(int64_t row, int64_t block) const { return (row / panel * blocks + block) * panel + row % panel; }
 };
+
+// In the place of a LowbitDtype: x are Codes, y is float.
+constexpr int kCodes = -1;
+
+// Rows of x that were rounded elsewhere. Where the body knows no -128 they take two passes: -127 in its place, then the -1 that
+// leaves.
+struct Codes {
+    const int8_t* data;
+    bool second, whole;
+    int32_t bias;
+};
+
+// Bytes `place_activations` takes from `at`, which it moves on; `fill_activations` then makes one row (call it for each).
+int64_t activation_bytes(int64_t batch, int32_t columns);
+void place_activations(char*& at, int64_t batch, int32_t columns, bool rounded, Activations& x);
+void fill_activations(const Matrix& m, const void* data, int dtype, int64_t row, const Activations& x);
 
 }  // namespace lowbit

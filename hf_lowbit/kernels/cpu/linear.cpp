@@ -9,6 +9,7 @@
 #include "body.h"
 #include "half.h"
 #include "lowbit_cpu.h"
+#include "room.h"
 #include "threads.h"
 
 namespace lowbit {
@@ -17,54 +18,12 @@ namespace {
 // A thread is worth waking for this many multiplications: 2**18 take about 10 us on one core.
 constexpr int64_t kWorkPerThread = 1 << 18;
 
-// In the place of a LowbitDtype: x are Codes, y is float.
-constexpr int kCodes = -1;
-
-void round_up(char*& at) { at = reinterpret_cast<char*>(align64(reinterpret_cast<intptr_t>(at))); }
-
-template <class T>
-T* take(char*& at, int64_t count) {
-    round_up(at);
-    T* out = reinterpret_cast<T*>(at);
-    at += count * int64_t(sizeof(T));
-    return out;
-}
-
-// Memory that grows as needed.
-struct Room {
-    std::unique_ptr<char[]> data;
-    int64_t size = 0;
-
-    char* get(int64_t bytes) {
-        if (size < bytes) {
-            data.reset();
-            size = 0;
-            data.reset(new char[size_t(bytes)]);
-            size = bytes;
-        }
-        return data.get();
-    }
-};
-
 constexpr int64_t kKeep = 8 << 20;
 
 // For work on tiles, one per thread, kept while the thread lives.
 char* thread_room(int64_t bytes) {
     static thread_local Room room;
     return room.get(bytes);
-}
-
-void fill_row(const Matrix& m, const void* x, int64_t row, int dtype, float* out) {
-    const int32_t* from = m.at<int32_t>(m.permutation_at);
-    const int64_t start = row * m.columns;
-    if (from) {
-        for (int i = 0; i < m.columns; ++i) out[i] = read_number(x, start + from[i], dtype);
-    } else if (dtype == LOWBIT_F32) {
-        std::memcpy(out, static_cast<const float*>(x) + start, sizeof(float) * size_t(m.columns));
-    } else {
-        for (int i = 0; i < m.columns; ++i) out[i] = read_number(x, start + i, dtype);
-    }
-    for (int i = m.columns; i < m.blocks * kBlock; ++i) out[i] = 0;
 }
 
 void sum_groups(const Matrix& m, const Stage& s, const float* values, float* out) {
@@ -239,57 +198,7 @@ int32_t level_bias() {
     return bias / 127;
 }
 
-// Rows of x that were rounded elsewhere. Where the body knows no -128 they take two passes: -127 in its place, then the -1 that
-// leaves.
-struct Codes {
-    const int8_t* data;
-    bool second, whole;
-    int32_t bias;
-};
-
-void fill_codes(const Matrix& m, const Codes& from, int64_t row, const Activations& x) {
-    for (int b = 0; b < m.blocks; ++b) {
-        const int64_t at = x.place(row, b), start = row * m.columns + int64_t(b) * kBlock;
-        const int count = m.columns - b * kBlock < kBlock ? m.columns - b * kBlock : kBlock;
-        int8_t* out = const_cast<int8_t*>(x.rounded) + at * kBlock;
-        std::memset(out, 0, kBlock);
-        int32_t sum = 0;
-        for (int i = 0; i < count; ++i) {
-            const int8_t code = from.data[start + i];
-            out[i] = from.whole || code != -128 ? (from.second ? int8_t(0) : code) : (from.second ? int8_t(-1) : int8_t(-127));
-            sum += out[i];
-        }
-        const_cast<float*>(x.scale)[at] = 1;
-        const_cast<int32_t*>(x.bias)[at] = from.bias * sum;
-    }
-}
-
 }  // namespace
-
-int64_t activation_bytes(int64_t batch, int32_t columns) {
-    const int64_t blocks = ceil_div(columns, kBlock), rows = batch + kPanel - 1;
-    return blocks * (batch * kBlock * 4 + rows * (kBlock + 8)) + 64 * 5;
-}
-
-void place_activations(char*& at, int64_t batch, int32_t columns, bool rounded, Activations& x) {
-    x.batch = batch, x.blocks = int32_t(ceil_div(columns, kBlock)), x.panel = int32_t(batch < kPanel ? batch : kPanel);
-    const int64_t places = rounded ? ceil_div(batch, x.panel) * x.panel * x.blocks : 0;
-    x.values = take<float>(at, batch * x.blocks * kBlock);
-    x.rounded = rounded ? take<int8_t>(at, places * kBlock) : nullptr;
-    x.scale = rounded ? take<float>(at, places) : nullptr;
-    x.bias = rounded ? take<int32_t>(at, places) : nullptr;
-}
-
-void fill_activations(const Matrix& m, const void* data, int dtype, int64_t row, const Activations& x) {
-    if (dtype == kCodes) return fill_codes(m, *static_cast<const Codes*>(data), row, x);
-    float* values = const_cast<float*>(x.values) + row * x.blocks * kBlock;
-    fill_row(m, data, row, dtype, values);
-    if (x.rounded) {
-        const int64_t at = x.place(row, 0);
-        body().round_row(values, x.blocks, x.panel, const_cast<int8_t*>(x.rounded) + at * kBlock, const_cast<float*>(x.scale) + at,
-                         const_cast<int32_t*>(x.bias) + at);
-    }
-}
 
 int32_t linear(const Matrix* const* matrices, int count, const void* x, int64_t batch, int dtype, const float* const* biases,
                void* const* ys, int mode, int threads) {
@@ -378,19 +287,11 @@ int check(const void* matrix, int64_t bytes, int32_t columns) {
 }  // namespace
 
 int32_t lowbit_linear(const void* matrix, int64_t bytes, const void* x, int64_t batch, int32_t columns, int32_t dtype,
-                      const float* bias, void* y, int32_t mode, int32_t threads) {
-    return lowbit_linear_many(&matrix, &bytes, 1, x, batch, columns, dtype, &bias, &y, mode, threads);
-}
-
-int32_t lowbit_linear_many(const void* const* matrices, const int64_t* bytes, int32_t count, const void* x, int64_t batch,
-                           int32_t columns, int32_t dtype, const float* const* biases, void* const* ys, int32_t mode,
-                           int32_t threads) try {
-    if (count < 1 || count > 64) return LOWBIT_E_MATRIX;
-    for (int i = 0; i < count; ++i) {
-        if (const int wrong = check(matrices[i], bytes[i], columns)) return wrong;
-    }
+                      const float* bias, void* y, int32_t mode, int32_t threads) try {
+    if (const int wrong = check(matrix, bytes, columns)) return wrong;
     if (batch < 1) return 0;
-    return linear(reinterpret_cast<const Matrix* const*>(matrices), count, x, batch, dtype, biases, ys, mode, threads);
+    const Matrix* m = static_cast<const Matrix*>(matrix);
+    return linear(&m, 1, x, batch, dtype, &bias, &y, mode, threads);
 } catch (const std::exception&) {
     return LOWBIT_E_MEMORY;
 }

@@ -67,11 +67,6 @@ LOWBIT_EXPORT int32_t lowbit_columns(const void* matrix, int64_t bytes, int64_t 
 //   bias: float [rows] or null. The result does not depend on `threads`.
 LOWBIT_EXPORT int32_t lowbit_linear(const void* matrix, int64_t bytes, const void* x, int64_t batch, int32_t columns,
                                     int32_t dtype, const float* bias, void* y, int32_t mode, int32_t threads);
-// The same for `count` (at most 64) matrices that share x, whose activations are rounded once; biases: null, or one entry per
-// matrix, which may be null.
-LOWBIT_EXPORT int32_t lowbit_linear_many(const void* const* matrices, const int64_t* bytes, int32_t count, const void* x,
-                                         int64_t batch, int32_t columns, int32_t dtype, const float* const* biases,
-                                         void* const* ys, int32_t mode, int32_t threads);
 // y[m, r] = scale[r] * sum over i of codes[m, i] * level[r, i], for inputs that were rounded already and a matrix of one stage with
 // one scale per row, integer levels and nothing else (LOWBIT_E_LAYOUT otherwise).
 //   codes: int8 [batch, columns] contiguous; y: float [batch, rows]. Sums of 32 columns are whole numbers; beyond them float32

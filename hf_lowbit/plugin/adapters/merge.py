@@ -24,8 +24,8 @@ from hf_lowbit.format.spec import Spec
 from hf_lowbit.pipeline.workspace import Workspace
 from hf_lowbit.plugin.adapters.low_rank import distance, total
 from hf_lowbit.plugin.checkpoint import is_low_bit, load_model, load_tokenizer
+from hf_lowbit.plugin.dense import dense_linear
 from hf_lowbit.plugin.modules import LowBitLinear
-from hf_lowbit.plugin.quantizer import dense_linear
 from hf_lowbit.solvers import SOLVERS, solve, without_data
 
 WAYS = ("keep", "resolve", "dense")
