@@ -17,12 +17,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import gpu_models
@@ -33,16 +29,14 @@ from torch import Tensor
 
 from hf_lowbit.format import Layout, Levels, LowBitTensor, Stage
 from hf_lowbit.format.ledger import ledger
-from hf_lowbit.kernels import triton_backend, triton_configs
-from hf_lowbit.kernels.triton_plan import plan
+from hf_lowbit.kernels import triton_backend, triton_configs, triton_tune
+from hf_lowbit.kernels.triton_tune import captured, in_turn, median_seconds
 
 SHAPE = (4096, 14336)
 WIDTHS, BATCHES = (4, 3, 2, 8), (1, 16, 512)
 ALLOWED_ERROR = 1e-2
 # More bytes of turns than a last-level cache holds, and a copy far beyond it.
 TURNS_BYTES, COPY_BYTES = 256 << 20, 1 << 30
-BLOCKS_N, BLOCKS_K, WARPS = (4, 8, 16, 32, 64, 128), (512, 1024, 2048), (1, 2, 4, 8)
-GEMM_BLOCKS_K, STAGES, SPLITS = (64, 128, 256), (1, 2, 3, 4), (1, 2, 4, 8)
 
 
 def record(shape: tuple[int, int], bits: int, device: torch.device) -> LowBitTensor:
@@ -67,35 +61,6 @@ def error(tensor: LowBitTensor, x: Tensor, y: Tensor) -> float:
         worst = max(worst, float((y[:, ids].double() - expected).abs().max()))
         largest = max(largest, float(expected.abs().max()))
     return worst / largest
-
-
-def captured(job: Callable[[], Any]) -> Callable[[], Any]:
-    """The job as a CUDA graph, after two runs that compile what it needs."""
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            job()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        job()
-    return graph.replay
-
-
-def median_seconds(job: Callable[[], Any], seconds: float) -> float:
-    """Median time of the job by the device's clock."""
-    job()
-    torch.cuda.synchronize()
-    times, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 5:
-        begun, done = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begun.record()
-        job()
-        done.record()
-        done.synchronize()
-        times.append(begun.elapsed_time(done) / 1e3)
-    return statistics.median(times)
 
 
 def copy_bandwidth(device: torch.device, seconds: float) -> float:
@@ -129,12 +94,6 @@ def others(name: str, shape: tuple[int, int], x: Tensor) -> list[Callable[[], Te
         linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=x.dtype, device=x.device)
         layers.append(PEERS[name](linear, x.shape[0]))
     return [lambda layer=layer: layer(x) for layer in layers]
-
-
-def in_turn(jobs: list[Callable[[], Any]], seconds: float, graph: bool = True) -> float:
-    """Median seconds of one of the jobs, run one after another in one CUDA graph."""
-    everything = lambda: [job() for job in jobs]  # noqa: E731
-    return median_seconds(captured(everything) if graph else everything, seconds) / len(jobs)
 
 
 def peers(shape: tuple[int, int], x: Tensor, seconds: float) -> dict[str, Any]:
@@ -205,42 +164,13 @@ def model_seconds(every: list[tuple[int, int]], device: torch.device, seconds: f
 
 
 def tune(device: torch.device, seconds: float) -> None:
-    """Try block sizes on the shapes of the models and keep the best of each."""
-    name = torch.cuda.get_device_name(device)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    path = Path(triton_configs.__file__).with_name(triton_configs.FILE)
-    table = json.loads(path.read_text(encoding="utf-8"))
+    """Try block sizes on the shapes of the models and keep the best of each in the package."""
+    backend = triton_backend.Triton()
     shapes = sorted({shape for model in gpu_models.MODELS for shape in gpu_models.matrices(gpu_models.config_of(model, 1))})
-    from hf_lowbit.kernels import triton_launch
-
-    for shape, bits, batch in itertools.product(shapes, WIDTHS, BATCHES):
-        kind = "gemv" if batch == 1 else "gemm"
-        stage = plan(record(shape, bits, torch.device("meta")).layout.dumps()).stages[0]
-        x = torch.randn(batch, shape[1], dtype=torch.bfloat16, device=device)
-        best, least = None, float("inf")
-        rule = triton_configs.choose(stage, shape[1], batch, "", multiprocessors)
-        for config in [rule, *candidates(batch)]:
-            triton_launch.choose = lambda *args, config=config: config
-            try:
-                took = in_turn(ours(shape, bits, batch, x)[0], seconds)
-            except Exception as reason:  # too much shared memory, mostly
-                print(f"{kind} {shape} {bits} {config}: {type(reason).__name__}")
-                continue
-            best, least = (config, took) if took < least else (best, least)
-        triton_launch.choose = triton_configs.choose
-        table.setdefault(name, {})[triton_configs.key(kind, *shape, bits, batch)] = list(best or rule)
-        path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-        print(f"{name}: {kind} {shape} {bits} bits, batch {batch}: {best}, {least * 1e6:.1f} us")
-
-
-def candidates(batch: int) -> list[triton_configs.Config]:
-    """Block sizes worth a try."""
-    if batch == 1:
-        cut = [(n, k, w) for n, k, w in itertools.product(BLOCKS_N, BLOCKS_K, WARPS) if n <= 32 and 1 <= n // w <= 8]
-        return [triton_configs.Config(1, n, k, w, 1, 1) for n, k, w in cut]
-    rows, splits = ((16,), SPLITS[::2]) if batch <= 16 else ((128, 256), (1,))
-    cut = itertools.product(rows, (32, 64, 128), GEMM_BLOCKS_K, (2, 4, 8), STAGES[1:3], splits)
-    return [triton_configs.Config(*one) for one in cut]
+    for shape, bits in itertools.product(shapes, WIDTHS):
+        count = max(2, TURNS_BYTES // ledger(record(shape, bits, torch.device("meta")).layout).bytes)
+        prepared = [backend.prepare(record(shape, bits, device)) for _ in range(count)]
+        triton_tune.tune(prepared, BATCHES, torch.bfloat16, seconds, triton_configs.FILE, print)
 
 
 def main() -> int:
@@ -261,7 +191,6 @@ def main() -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     if args.tune:
         tune(device, args.seconds / 4)
-        triton_configs._measured.cache_clear()
     print(torch.cuda.get_device_name(device), f"copy {copy_bandwidth(device, args.seconds) / 1e9:.0f} GB/s")
     result = {
         "device": torch.cuda.get_device_name(device),

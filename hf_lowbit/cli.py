@@ -133,7 +133,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     bench.add_argument("--tokens", type=_count, default=32, metavar="N", help="decoding steps that are timed (32)")
     bench.add_argument("--threads", type=_count, metavar="N", help="torch threads; all cores unless given")
-    bench.add_argument("--dtype", default="float32", choices=["auto", "float32", "bfloat16", "float16"])
+    bench.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="float32; on a GPU bfloat16")
+    bench.add_argument("--device", default="cpu", metavar="NAME", help="where to measure: cpu, cuda or cuda:N (cpu)")
+    bench.add_argument(
+        "--tune",
+        action="store_true",
+        help="first measure block sizes of the GPU kernels for DIR, and keep them for this card",
+    )
 
     report = _command(added, "report", commands.run_report, "write one HTML page about a quantized checkpoint")
     report.add_argument("directory", metavar="DIR", help="directory of the quantized checkpoint")

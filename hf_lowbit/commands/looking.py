@@ -160,14 +160,18 @@ def run_bench(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     tell = (lambda text: None) if args.json else (lambda text: print(text, file=sys.stderr))
 
-    def measured(source: str) -> dict[str, Any]:
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+
+    def measured(source: str, tune: bool) -> dict[str, Any]:
         tell(f"loading {source}")
-        model = checkpoint.load_model(source, args.dtype)
+        model = checkpoint.load_model(source, dtype, args.device)
+        if tune:
+            bench.tune(model, tell)
         return bench.bench(model, args.batch or (1, 8), args.prompt, args.tokens, tell)
 
-    out = measured(args.directory)
+    out = measured(args.directory, args.tune)
     if args.reference:
-        out["reference"] = measured(args.reference)
+        out["reference"] = measured(args.reference, tune=False)
     if args.json:
         return print_json(out)
     original = out.get("reference")
@@ -179,13 +183,16 @@ def run_bench(args: argparse.Namespace) -> None:
     rate = out["prefill_tokens_per_s"]
     cells.append(("prefill", "1", f"{rate:.1f}", "", f"{rate / original['prefill_tokens_per_s']:.2f}x" if original else ""))
     columns = ("", "batch", "tokens/s", "of read bandwidth", "of the reference")
-    print_table(f"{args.directory}: {out['threads']} threads, prompt of {args.prompt} tokens", columns, cells)
+    where = out["device"] if out["device"] != "cpu" else f"{out['threads']} threads"
+    print_table(f"{args.directory}: {where}, prompt of {args.prompt} tokens", columns, cells)
     print(
         f"weights read per step {out['bytes_per_token'] / 1e6:,.1f} MB; reading {out['read_bandwidth_gb_s']:.1f} GB/s here"
     )
-    if out["peak_bytes"]:
+    if out["anonymous_bytes"]:
         anonymous, peak = out["anonymous_bytes"] / 1e6, out["peak_bytes"] / 1e6
         print(f"memory {anonymous:,.0f} MB anonymous, {peak:,.0f} MB resident at the peak")
+    elif out["peak_bytes"]:
+        print(f"memory {out['peak_bytes'] / 1e6:,.0f} MB allocated on {out['device']} at the peak")
     for row in out["kernels"]:
         refused = "".join(f"; {name} refused: {reason}" for name, reason in row["refused"].items())
         print(f"{row['backend']}: {row['matrices']} matrices, {row['weights']:,} weights ({row['reason']}{refused})")

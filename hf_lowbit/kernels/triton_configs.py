@@ -1,20 +1,28 @@
 """Block sizes of the Triton kernels: measured ones where a card was tuned, else a rule that is right for any shape.
 
-Measured choices live in ``triton_configs.json``, which ``eval/gpu.py --tune`` writes: device name -> ``KIND ROWSxCOLUMNS
-BITS BATCH`` -> the fields of :class:`Config`. No choice changes a result beyond the order of float32 sums, and all of them
-add in a fixed order: there are no atomics, so the same call gives the same bytes.
+Measured choices lie in ``triton_configs.json`` beside this file and in the user's own (:func:`user_file`), which
+``hf-lowbit bench --tune`` writes and which goes first: device name -> ``KIND ROWSxCOLUMNS BITS BATCH`` -> the fields of
+:class:`Config`. No choice changes a result beyond the order of sums, and all of them add in a fixed order: there are no
+atomics, so the same call gives the same bytes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 from hf_lowbit.kernels.triton_plan import StagePlan, unit_of
 
-FILE = "triton_configs.json"
+NAME = "triton_configs.json"
+FILE = Path(__file__).with_name(NAME)
 # Rows of activations from which the matrix is decoded once and multiplied by the vendor's library: decoding a weight for
 # each tile of 128 rows then costs more than writing it once.
 DENSE_FROM = 1024
@@ -39,19 +47,44 @@ class Config(NamedTuple):
     split: int
 
 
+_forced: Config | None = None
+
+
 def choose(stage: StagePlan, columns: int, batch: int, device: str, multiprocessors: int) -> Config:
     """The configuration of a product by ``batch`` rows on a device."""
-    kind = "gemv" if batch == 1 else "gemm"
-    found = _measured().get(device, {}).get(key(kind, stage.rows, columns, stage.bits, batch))
-    if found is not None:
-        return Config(*found)
-    rule = gemv_rule if kind == "gemv" else gemm_rule
-    return rule(stage, columns, batch, multiprocessors)
+    if _forced is not None:
+        return _forced
+    found = measured().get(device, {}).get(key(stage, columns, batch))
+    return Config(*found) if found is not None else rule(stage, columns, batch, multiprocessors)
 
 
-def key(kind: str, rows: int, columns: int, bits: int, batch: int) -> str:
+@contextmanager
+def forced(config: Config) -> Iterator[None]:
+    """Cut every product inside the block in one way, for tuning."""
+    global _forced
+    before, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def key(stage: StagePlan, columns: int, batch: int) -> str:
     """Key of a measured choice; batches count up to the next power of two."""
-    return f"{kind} {rows}x{columns} {bits} {power_of_two(batch)}"
+    return f"{'gemv' if batch == 1 else 'gemm'} {stage.rows}x{columns} {stage.bits} {power_of_two(batch)}"
+
+
+def card(device: torch.device) -> tuple[str, int]:
+    """Name and multiprocessors of a device; an interpreted kernel's is the processor."""
+    if device.type != "cuda":
+        return "interpreter", 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def rule(stage: StagePlan, columns: int, batch: int, multiprocessors: int) -> Config:
+    """The choice without a measurement."""
+    return (gemv_rule if batch == 1 else gemm_rule)(stage, columns, batch, multiprocessors)
 
 
 def gemv_rule(stage: StagePlan, columns: int, batch: int, multiprocessors: int) -> Config:
@@ -81,6 +114,30 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def user_file() -> Path:
+    """Where this user's measured choices lie; the file need not be there."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf-lowbit", NAME)
+
+
+def read(file: Path) -> dict[str, dict[str, list[int]]]:
+    """Choices of a file; none where it is missing, or damaged, which is said."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+        if not all(len(Config(*config)) and min(config) > 0 for known in table.values() for config in known.values()):
+            raise ValueError("a block size below one")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        logging.getLogger("hf_lowbit").warning(
+            f"{file} holds no block sizes of GPU kernels ({error}); the usual ones are used. "
+            "`hf-lowbit bench DIR --device cuda --tune` writes it anew."
+        )
+        return {}
+    return table
+
+
 @lru_cache(maxsize=1)
-def _measured() -> dict[str, dict[str, list[int]]]:
-    return json.loads(files("hf_lowbit.kernels").joinpath(FILE).read_text(encoding="utf-8"))
+def measured() -> dict[str, dict[str, list[int]]]:
+    """All measured choices by device."""
+    shipped, own = read(FILE), read(user_file())
+    return {name: shipped.get(name, {}) | own.get(name, {}) for name in (*shipped, *own)}

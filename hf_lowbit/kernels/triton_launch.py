@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_lowbit.format.scales import from_f16_bits
 from hf_lowbit.kernels import ops
-from hf_lowbit.kernels.triton_configs import DENSE_FROM, Config, choose
+from hf_lowbit.kernels.triton_configs import DENSE_FROM, Config, card, choose
 from hf_lowbit.kernels.triton_gemm import gemm_kernel
 from hf_lowbit.kernels.triton_gemv import gemv_kernel
 from hf_lowbit.kernels.triton_plan import PERMUTED, Plan, StagePlan, StageTensors, plan, stage_tensors
@@ -40,9 +40,9 @@ def interpreted() -> bool:
 def device_of(index: int | None) -> tuple[str, int, bool]:
     """Name, multiprocessors, and whether there is a byte permutation instruction."""
     if interpreted():
-        return "interpreter", 1, False
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return properties.name, properties.multi_processor_count, torch.version.hip is None
+        return *card(torch.device("cpu")), False
+    where = torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    return *card(where), torch.version.hip is None
 
 
 def linear(x: Tensor, stored: Sequence[Tensor], derived: Sequence[Tensor], layout: str, bias: Tensor | None) -> Tensor:

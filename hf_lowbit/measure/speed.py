@@ -56,17 +56,17 @@ def prefill_rate(model: Any, length: int = 128, repeats: int = 3) -> float:
     best = float("inf")
     for _ in range(repeats):
         begun = time.perf_counter()
-        model(input_ids=ids, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, use_cache=True, logits_to_keep=1).logits.flatten()[0].item()  # waits for a GPU
         best = min(best, time.perf_counter() - begun)
     return length / best
 
 
-def read_bandwidth(repeats: int = 8) -> float:
-    """Bytes per second torch's threads read from memory: the fastest of some sums over half a gigabyte."""
-    block = torch.ones(PROBE_BYTES // 4)
+def read_bandwidth(repeats: int = 8, device: torch.device | str = "cpu") -> float:
+    """Bytes per second torch reads from the memory of a device: the fastest of some sums over half a gigabyte."""
+    block = torch.ones(PROBE_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(repeats):
         begun = time.perf_counter()
-        block.sum()
+        block.sum().item()
         best = min(best, time.perf_counter() - begun)
     return PROBE_BYTES / best

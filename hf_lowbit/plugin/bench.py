@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_lowbit.errors import BadRequest
 from hf_lowbit.format.ledger import ledger
 from hf_lowbit.kernels import Choice
+from hf_lowbit.kernels.triton_backend import Triton
 from hf_lowbit.measure.speed import decode_rate, prefill_rate, read_bandwidth
 from hf_lowbit.plugin.fused import fused_layers
 from hf_lowbit.plugin.modules import LowBitEmbedding, LowBitTiedHead
@@ -17,6 +19,9 @@ from hf_lowbit.plugin.targets import low_bit_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Of one measurement of one candidate.
+TUNE_SECONDS = 0.05
 
 
 def bench(
@@ -36,13 +41,14 @@ def bench(
 
     Returns:
         ``decode_tokens_per_s`` of greedy ``generate`` and ``bandwidth_share``, the weights read per second over what the
-        machine can read, both of the first batch size, and ``decode`` with all of them; ``prefill_tokens_per_s``;
-        ``bytes_per_token``, the weights one decoding step reads; ``read_bandwidth_gb_s`` of the machine; ``peak_bytes`` and
-        ``anonymous_bytes`` of this process, None where the system does not say; ``threads``; ``kernels``; ``fused_layers``,
+        model's device can read, both of the first batch size, and ``decode`` with all of them; ``prefill_tokens_per_s``;
+        ``bytes_per_token``, the weights one decoding step reads; ``read_bandwidth_gb_s`` of the device; ``peak_bytes`` and
+        ``anonymous_bytes`` of this process, None where the system does not say (on a GPU the peak allocated there);
+        ``device``; ``threads``; ``kernels``; ``fused_layers``,
         how many decoder layers run as one op each.
     """
-    progress("machine: read bandwidth")
-    bandwidth = read_bandwidth()
+    progress("read bandwidth")
+    bandwidth = read_bandwidth(device=model.device)
     weights = bytes_per_token(model)
     rows = []
     for batch in batches:
@@ -53,6 +59,8 @@ def bench(
     progress(f"reading a prompt of {prompt} tokens")
     prefill = prefill_rate(model, prompt)
     used = memory()
+    if model.device.type == "cuda":
+        used = {"peak": torch.cuda.max_memory_allocated(model.device)}
     return {
         "decode_tokens_per_s": rows[0]["tokens_per_s"],
         "prefill_tokens_per_s": prefill,
@@ -61,11 +69,40 @@ def bench(
         "peak_bytes": used.get("peak"),
         "anonymous_bytes": used.get("anonymous"),
         "bytes_per_token": weights,
+        "device": str(model.device),
         "threads": torch.get_num_threads(),
         "decode": rows,
         "kernels": kernels(model),
         "fused_layers": sum(1 for _ in fused_layers(model)),
     }
+
+
+def tune(model: PreTrainedModel, progress: Callable[[str], None] = lambda text: None) -> int:
+    """Measure block sizes of the GPU kernels for a model's matrices and keep them for this user and card.
+
+    Returns:
+        How many products were measured.
+
+    Raises:
+        BadRequest: none of its matrices runs on the GPU kernels.
+    """
+    from hf_lowbit.kernels import triton_configs, triton_tune
+
+    found, reasons = [], Counter[str]()
+    for _, module in low_bit_modules(model):
+        for parameter, layout in module.layouts.items():
+            choice = module.choice(parameter)
+            if choice.backend.name != Triton.name:
+                reasons[dict(choice.refused).get(Triton.name, f"the model is on {model.device.type}")] += 1
+            elif len(layout.shape) == 2:
+                found.append(module.prepared(parameter)[1])
+    if not found:
+        why = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common()) or "it has no low-bit matrix"
+        raise BadRequest(f"--tune measures block sizes of the GPU kernels, which run no matrix of this model ({why}).")
+    file = triton_configs.user_file()
+    done = triton_tune.tune(found, (1, 16, 512), model.dtype, TUNE_SECONDS, file, progress)
+    progress(f"kept in {file}")
+    return len(done)
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_lowbit import explain
-from hf_lowbit.kernels import triton_cache
+from hf_lowbit.kernels import triton_cache, triton_tune
 from hf_lowbit.kv import kernel
 from hf_lowbit.plugin.checkpoint import read_contents
 
@@ -55,8 +55,9 @@ def test_every_row_is_checked_and_complete(gpu, gpu_models, monkeypatch):
     monkeypatch.setattr(gpu, "TURNS_BYTES", 1)
     monkeypatch.setattr(gpu, "COPY_BYTES", 1 << 10)
     monkeypatch.setattr(gpu_models, "matrices", lambda config: [(4, 64)] * 2 + [(8, 64)])
-    monkeypatch.setattr(gpu, "captured", lambda job: job)
-    monkeypatch.setattr(gpu, "median_seconds", lambda job, seconds: (job(), 1e-3)[1])
+    monkeypatch.setattr(triton_tune, "captured", lambda job: job)
+    for module in (triton_tune, gpu):
+        monkeypatch.setattr(module, "median_seconds", lambda job, seconds: (job(), 1e-3)[1])
     torch.manual_seed(0)
     rows = gpu.kernel_rows(here, 0.0)
     assert [(row["bits"], row["batch"]) for row in rows] == [(4, 1), (4, 3)]

@@ -86,3 +86,14 @@ def test_nothing_to_time(tmp_path, capsys):
     assert "none" in capsys.readouterr().err
     assert main(["bench", str(tmp_path), "--batch", "0"]) == 2
     assert "'0' is not a whole number of 1 or more" in capsys.readouterr().err
+
+
+def test_tuning_without_the_gpu_kernels_is_refused_in_words(tmp_path, capsys):
+    quantize(model_of(tied=True), LowBitConfig(method="rtn", bits=4)).save_pretrained(tmp_path)
+    assert main(["bench", str(tmp_path), "--tune"]) == 2
+    said = capsys.readouterr().err
+    assert "--tune measures block sizes of the GPU kernels, which run no matrix of this model" in said
+    assert "the model is on cpu" in said
+    if not torch.cuda.is_available():
+        assert main(["bench", str(tmp_path), "--device", "cuda"]) == 2
+        assert "torch finds no CUDA device here" in capsys.readouterr().err
