@@ -66,9 +66,18 @@ def octet_pairs(octet, planes, BITS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def octet_levels(octet, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
-    """Levels ``[rows, units, 8]`` of words ``[rows, units]`` with a code in each nibble, in the order of the nibbles."""
+def octet_levels(octet, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, factor=None):
+    """Levels ``[rows, units, 8]`` of words ``[rows, units]`` with a code in each nibble, in the order of the nibbles.
+
+    ``factor`` ``[rows, units]``, words of the same number twice, multiplies them, rounded to ``KIND``.
+    """
     p0, p1, p2, p3 = octet_pairs(octet, planes, BITS, ASM)
+    if factor is not None:
+        zero = octet * 0
+        p0 = fused_pair(p0, factor, zero, KIND, ASM)
+        p1 = fused_pair(p1, factor, zero, KIND, ASM)
+        p2 = fused_pair(p2, factor, zero, KIND, ASM)
+        p3 = fused_pair(p3, factor, zero, KIND, ASM)
     even = tl.join(
         tl.join(low_half(p0, KIND), low_half(p2, KIND)),
         tl.join(low_half(p1, KIND), low_half(p3, KIND)),
@@ -138,15 +147,15 @@ def load_octets(words_ptr, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def permuted_levels(words_ptr, mask, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+def permuted_levels(words_ptr, mask, planes, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr, factor=None):
     """Levels ``[rows, units, columns of a unit]`` of 2, 3 or 4 bits by permutation, from ``words_ptr`` ``[rows, units]``."""
     o0, o1, o2, o3 = load_octets(words_ptr, mask, BITS)
-    levels = octet_levels(o0, planes, BITS, KIND, ASM)
+    levels = octet_levels(o0, planes, BITS, KIND, ASM, factor)
     if BITS != 4:
-        second = octet_levels(o1, planes, BITS, KIND, ASM)
+        second = octet_levels(o1, planes, BITS, KIND, ASM, factor)
         if BITS == 3:
-            third = octet_levels(o2, planes, BITS, KIND, ASM)
-            fourth = octet_levels(o3, planes, BITS, KIND, ASM)
+            third = octet_levels(o2, planes, BITS, KIND, ASM, factor)
+            fourth = octet_levels(o3, planes, BITS, KIND, ASM, factor)
             levels, second = tl.join(levels, third), tl.join(second, fourth)
         levels = tl.reshape(tl.join(levels, second), (o0.shape[0], o0.shape[1], 32 // BITS if BITS == 2 else 32))
     return levels
@@ -197,7 +206,7 @@ def octet_sum(octet, planes, x, BITS: tl.constexpr, KIND: tl.constexpr, ASM: tl.
     """``sum_k level[k] * x[k]`` float32 ``[rows, units]`` of an octet: two sums of four, each step rounded to ``KIND``."""
     p0, p1, p2, p3 = octet_pairs(octet, planes, BITS, ASM)
     x0, x1, x2, x3 = x
-    total = fused_pair(p0, x0, p0 * 0, KIND, ASM)
+    total = fused_pair(p0, x0, octet * 0, KIND, ASM)
     total = fused_pair(p1, x1, total, KIND, ASM)
     total = fused_pair(p2, x2, total, KIND, ASM)
     total = fused_pair(p3, x3, total, KIND, ASM)

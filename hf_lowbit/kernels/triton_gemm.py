@@ -8,7 +8,7 @@ rounded to that dtype); sums are float32. Splits along the inputs write sums of 
 import triton
 import triton.language as tl
 
-from hf_lowbit.kernels.triton_decode import group_values, load_planes, permuted_levels, table_levels
+from hf_lowbit.kernels.triton_decode import group_values, join_halves, load_planes, permuted_levels, table_levels
 
 
 @triton.jit
@@ -86,22 +86,22 @@ def gemm_kernel(
         scale = group_values(
             scale_ptr, scale_super_ptr, stored[:, None], scale_stride, supers, group, per_super, inside, CODED
         )
-        scale = (scale * whole)[:, :, None]
-        if PERMUTE:
-            levels = permuted_levels(words_ptr, inside, planes, BITS, KIND, ASM)
+        scale = scale * whole
+        if PERMUTE and not OFFSET:
+            half = scale.to(KIND).to(tl.int16, bitcast=True)
+            weight = permuted_levels(words_ptr, inside, planes, BITS, KIND, ASM, join_halves(half, half))
         else:
-            levels = table_levels(words_ptr, inside, table_ptr, table_of_row, BITS, UNIT, PER_ROW)
-        if OFFSET:
-            offset = group_values(
-                offset_ptr, offset_super_ptr, stored[:, None], scale_stride, supers, group, per_super, inside, CODED
-            )
-            weight = (levels.to(tl.float32) * scale + (offset * factor)[:, :, None]).to(KIND)
-        elif PERMUTE and not WIDE:
-            weight = levels * scale.to(KIND)
-        elif PERMUTE:
-            weight = (levels.to(tl.float32) * scale.to(KIND).to(tl.float32)).to(KIND)
-        else:
-            weight = (levels * scale).to(KIND)
+            if PERMUTE:
+                levels = permuted_levels(words_ptr, inside, planes, BITS, KIND, ASM).to(tl.float32)
+            else:
+                levels = table_levels(words_ptr, inside, table_ptr, table_of_row, BITS, UNIT, PER_ROW)
+            weight = levels * scale[:, :, None]
+            if OFFSET:
+                offset = group_values(
+                    offset_ptr, offset_super_ptr, stored[:, None], scale_stride, supers, group, per_super, inside, CODED
+                )
+                weight += (offset * factor)[:, :, None]
+            weight = weight.to(KIND)
         weight = tl.reshape(weight, (BLOCK_N, BLOCK_K))
         column = start * UNIT + tl.arange(0, BLOCK_K)
         seen = (column < columns) & (column < last * UNIT)
