@@ -1,67 +1,31 @@
-"""What every transform keeps: the function, the way back, the checkpoint, and its place in the order."""
+"""What every transform keeps: the function, the way back, and its place in the order."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-import families
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import transform_table
+from transform_table import IDS, WINDOWS, uneven
 
 from hf_lowbit import LowBitConfig, quantize
 from hf_lowbit.errors import BadRequest
-from hf_lowbit.format import read_record
 from hf_lowbit.kernels import cpu
 from hf_lowbit.plugin.compress import prepare_targets
 from hf_lowbit.plugin.rewrite import rewrite, unrounded
 from hf_lowbit.transforms import TRANSFORMS
 
-IDS = (torch.arange(24).view(2, 12) * 7) % 240 + 3
-WINDOWS = (torch.arange(8 * 32).view(8, 32) * 13) % 240 + 3
-
-
-def table():
-    import importlib.util
-    from pathlib import Path
-
-    spec = importlib.util.spec_from_file_location("transform_table", Path(__file__).with_name("transform_table.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["transform_table"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-TABLE = table()
-CASES = [pytest.param(entry, family, id=f"{entry.name}-{family}") for entry, family in TABLE.CASES]
+CASES = [pytest.param(entry, family, id=f"{entry.name}-{family}") for entry, family in transform_table.CASES]
 REWRITING = [case for case in CASES if TRANSFORMS[case.values[0].name].kind != "range"]
 
 
-def uneven(family: str):
-    """A model of a family whose norms and biases are not those of a new one."""
-    model = families.make_model(family)
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
-    return model
-
-
-def config_of(entry) -> LowBitConfig:
-    data = WINDOWS if TRANSFORMS[entry.name].needs in ("inputs", "rounding") else None
-    return LowBitConfig(method="rtn", bits=8, transforms=[entry.asked], activation_bits=entry.activations, calibration=data)
-
-
 def test_every_transform_has_a_row():
-    assert {entry.name for entry in TABLE.ROWS} == set(TRANSFORMS)
+    assert {entry.name for entry in transform_table.ROWS} == set(TRANSFORMS)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("entry", "family"), REWRITING)
 def test_the_function_stays_and_undoing_brings_the_weights_back(entry, family):
-    model, config = uneven(family), config_of(entry)
+    model, config = uneven(family), entry.config
     before = model(IDS).logits
     stored = {name: p.detach().clone() for name, p in model.named_parameters(remove_duplicate=False)}
     done = rewrite(model, config, prepare_targets(model, config), config.calibration)
@@ -74,48 +38,6 @@ def test_the_function_stays_and_undoing_brings_the_weights_back(entry, family):
         step.inverse().apply(done.bench.weights)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         torch.testing.assert_close(parameter.detach(), stored[name], rtol=1e-4, atol=1e-5)
-
-
-LOAD = """
-import sys, torch, hf_lowbit
-from transformers import AutoModelForCausalLM
-ids = torch.load(sys.argv[1] + "/ids")
-for name in sys.argv[2:]:
-    model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + "/" + name).eval()
-    text = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    torch.save((model(ids).logits.detach(), text), sys.argv[1] + "/" + name + ".out")
-"""
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    "rows",
-    [
-        pytest.param([row for row in TABLE.ROWS if row.name in ("outlier_suppression_plus", "hadamard")], id="two"),
-        pytest.param(TABLE.ROWS, id="all", marks=pytest.mark.slow),
-    ],
-)
-def test_a_fresh_process_loads_the_same_models(rows, tmp_path):
-    torch.save(IDS, tmp_path / "ids")
-    made = {}
-    for entry in rows:
-        dense = uneven(entry.families[-1])
-        dense.save_pretrained(tmp_path / "dense")
-        low = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config_of(entry)).eval()
-        low.save_pretrained(tmp_path / entry.name)
-        text = low.generate(IDS, max_new_tokens=4, do_sample=False, pad_token_id=0)
-        made[entry.name] = dense(IDS).logits, low(IDS).logits, text
-    command = [sys.executable, "-c", LOAD, str(tmp_path), *made]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    for name, (dense, low, text) in made.items():
-        logits, again = torch.load(tmp_path / f"{name}.out")
-        assert torch.equal(logits, low), name
-        assert torch.equal(again, text), name
-        assert (logits - dense).norm() / dense.norm() < (0.1 if name != "qllm" else 0.6)
-        record = read_record([tmp_path / name / "model.safetensors"])
-        assert record.activations
-        assert {step["transform"] for step in record.transforms} == {name} - {"token_wise_clipping"}
 
 
 @torch.no_grad()
