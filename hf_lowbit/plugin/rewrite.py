@@ -42,14 +42,14 @@ class Rewriting:
     Attributes:
         intakes: what stays at run time, by weight name.
         steps: what was done, for the manifest.
-        skipped: (site, reason) of what was left alone.
+        left_alone: a row for the report of each site or matrix that a transform left alone, and why.
         bench: for undoing it.
         dtype: of the model before, for what stays in high precision.
     """
 
     intakes: Intakes = field(default_factory=Intakes)
     steps: list[dict[str, str]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    left_alone: list[dict[str, str]] = field(default_factory=list)
     bench: Bench | None = None
     dtype: torch.dtype | None = None
 
@@ -136,10 +136,11 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
         graph_of(model), Weights.of(model), low_bit, config.activation_spec(), config.seed, done.intakes,
         model=model, windows=windows, matrix=config.spec(),
     )  # fmt: skip
+    unread = low_bit - {reader.weight for site in bench.graph.sites for reader in site.readers}
     for entry, settings in asked:
         if entry.kind == "range":
             continue
-        count = len(bench.steps)
+        count, left = len(bench.steps), len(bench.skipped)
         bench.forget()
         with torch.no_grad():
             entry.run(bench, settings)
@@ -149,7 +150,11 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
             reasons = "; ".join(f"{site}: {why}" for site, why in [*bench.skipped, *bench.graph.report()][:3])
             raise BadRequest(f"transform {entry.name!r} found nothing it can do in {type(model).__name__} ({reasons}).")
         done.steps += [{"transform": entry.name, **step.describe()} for step in bench.steps[count:]]
-    done.skipped = bench.skipped
+        bench.skipped += [(name, "the traced pass did not reach it") for name in sorted(unread)]
+        done.left_alone += [
+            {"name": name, "transform": entry.name, "left_alone": reason}
+            for name, reason in dict.fromkeys(bench.skipped[left:])
+        ]
     return done
 
 
