@@ -164,7 +164,7 @@ def compress(
         A row per matrix, one per learned block and one per place that a transform left alone; and what transforms did.
     """
     windows = None if calibration is None else calibration.windows
-    rewriting = rewrite(model, config, targets, windows) if config.transforms else Rewriting()
+    rewriting = rewrite(model, config, targets, windows)
     if config.transforms:
         files = ()  # they hold the weights from before
     blocks = find_blocks(model, list(targets.chosen), Shards(files))

@@ -9,7 +9,7 @@ import transform_table
 from transform_table import IDS, WINDOWS, uneven
 
 from hf_lowbit import LowBitConfig, quantize
-from hf_lowbit.errors import BadRequest
+from hf_lowbit.errors import BadRequest, WeightError
 from hf_lowbit.kernels import cpu
 from hf_lowbit.plugin.compress import prepare_targets
 from hf_lowbit.plugin.rewrite import rewrite, unrounded
@@ -101,15 +101,37 @@ def test_requests_that_need_data_or_find_nothing_are_refused():
     static = {"bits": 8, "per": "tensor", "static": True}
     with pytest.raises(BadRequest, match="static activation quantization needs calibration data"):
         quantize(uneven("llama"), LowBitConfig(activation_bits=static))
-    with pytest.raises(BadRequest, match=r"needs at least 128 tokens of calibration text .* got 32"):
-        quantize(uneven("llama"), LowBitConfig(method="rtn", transforms=["awq"], calibration=WINDOWS[:1]))
+    for settings in ({"transforms": ["awq"]}, {"transforms": ["gamma_migration"]}, {"activation_bits": static}):
+        with pytest.raises(BadRequest, match=r"needs at least 128 tokens of calibration text .* got 32"):
+            quantize(uneven("llama"), LowBitConfig(method="rtn", calibration=WINDOWS[:1], **settings))
+
+
+@torch.no_grad()
+def test_gains_of_zero_are_refused_by_what_cannot_do_without():
     model = uneven("llama")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.zero_()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.zero_()
     with pytest.raises(BadRequest, match=r"'gamma_migration' found nothing .* most of its gains are zero"):
         quantize(model, LowBitConfig(method="rtn", transforms=["gamma_migration"]))
+    model = uneven("llama")
+    model.model.layers[1].input_layernorm.weight[[5, 7]] = 0
+    stored = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for name in ("hadamard", "resq"):
+        config = next(row.config for row in transform_table.ROWS if row.name == name)
+        with pytest.raises(BadRequest, match=r"layers.1.input_layernorm.weight holds 2 gains of zero, .*cannot be rotated"):
+            quantize(model, config)
+        assert all(torch.equal(parameter, stored[n]) for n, parameter in model.named_parameters())
+
+
+@torch.no_grad()
+def test_what_float16_cannot_hold_any_more_is_refused_by_name():
+    model = uneven("llama").half()
+    model.model.norm.weight[:] = 2e4
+    model.lm_head.weight.mul_(100)
+    config = LowBitConfig(method="rtn", bits=8, transforms=["hadamard"], quantize_embeddings=False)
+    with pytest.raises(WeightError, match=r"lm_head.weight: transforms made it as large as .*float16 cannot hold"):
+        quantize(model, config)
 
 
 def test_a_model_that_cannot_be_followed_is_refused_by_name():
