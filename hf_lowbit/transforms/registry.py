@@ -120,7 +120,7 @@ class Bench(ABC):
             if kinds and site.kind not in kinds:
                 continue
             if not (matrices := self.matrices(site)):
-                self.skip(site, "no low-bit linear layer reads it as it is")
+                self.skip(site, "no low-bit linear layer reads all of it in order")
             elif (seen := self.inputs(site)) is None:
                 self.skip(site, "no calibration text reached it")
             else:

@@ -12,6 +12,7 @@ from hf_lowbit import LowBitConfig, quantize
 from hf_lowbit.errors import BadRequest, WeightError
 from hf_lowbit.kernels import cpu
 from hf_lowbit.plugin.compress import prepare_targets
+from hf_lowbit.plugin.ranges import ModelRanges
 from hf_lowbit.plugin.rewrite import rewrite, unrounded
 from hf_lowbit.transforms import TRANSFORMS
 
@@ -192,6 +193,15 @@ def test_static_ranges_are_those_of_the_calibration_text():
     assert torch.equal(module.prepared()[1].parts[0].steps[0], module.activation.step.view(torch.float32))
     expected = dense(IDS).logits
     assert (low(IDS).logits - expected).norm() / expected.norm() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "judged", "learned"),
+    [(8, 32, 4, 4), (128, 32, 16, 112), (32, 128, 4, 28), (128, 512, 4, 124), (2, 64, 4, 1)],
+)
+def test_ranges_are_judged_on_windows_they_are_not_learned_on(windows, length, judged, learned):
+    bench = ModelRanges({}, 8, windows=torch.zeros(windows, length, dtype=torch.int64))
+    assert (bench.judged, bench.batches()) == (judged, learned)
 
 
 @torch.no_grad()
