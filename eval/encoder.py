@@ -4,8 +4,9 @@
     python eval/encoder.py [--text FILE] [--calibration FILE] [--sentences 200] [--name NAME]
 
 The encoder is the one the package ships (a BERT of six layers, mean of the last hidden states). Sentences are lines of the
-text; calibration sees 32 windows of 128 tokens of another text. Weights have one scale per row, activations one static step
-per tensor or one per token.
+text; calibration sees 128 windows of 32 tokens of another text, about as long as the sentences. Weights have one scale per
+row and are rounded to nearest, or solved by gptq where the row says so; activations have one static step per tensor or one
+per token.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ from transformers import AutoModel, AutoTokenizer
 from hf_lowbit import LowBitConfig, quantize
 from hf_lowbit.demo import calibration_text, held_out_text
 
-METHODS: dict[str, list[Any]] = {
-    "none": [],
-    "token_wise_clipping": ["token_wise_clipping"],
-    "gamma_migration": ["gamma_migration"],
-    "gamma_migration + token_wise_clipping (Outlier Suppression)": ["gamma_migration", "token_wise_clipping"],
-    "outlier_suppression_plus": ["outlier_suppression_plus"],
-    "hadamard": ["hadamard"],
+# row -> (method of the weights, transforms)
+METHODS: dict[str, tuple[str, list[Any]]] = {
+    "none": ("rtn", []),
+    "token_wise_clipping": ("rtn", ["token_wise_clipping"]),
+    "gamma_migration": ("rtn", ["gamma_migration"]),
+    "gamma_migration + token_wise_clipping (Outlier Suppression)": ("rtn", ["gamma_migration", "token_wise_clipping"]),
+    "the same, weights by gptq": ("gptq", ["gamma_migration", "token_wise_clipping"]),
+    "outlier_suppression_plus": ("rtn", ["outlier_suppression_plus"]),
+    "hadamard": ("rtn", ["hadamard"]),
 }
-WINDOW, WINDOWS = 128, 32
+WINDOW, WINDOWS = 32, 128
+LONGEST = 128  # tokens of a sentence
 
 
 def source() -> str:
@@ -48,7 +52,7 @@ def embed(model: Any, tokenizer: Any, sentences: list[str]) -> torch.Tensor:
     """Mean of the last hidden states, sentence by sentence, so that no padding is rounded along; ``[n, D]``."""
     rows = []
     for sentence in sentences:
-        ids = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=WINDOW)
+        ids = tokenizer(sentence, return_tensors="pt", truncation=True, max_length=LONGEST)
         rows.append(model(**ids)[0][0].mean(0))
     return torch.stack(rows)
 
@@ -76,15 +80,15 @@ def main() -> None:
     rows: dict[str, Any] = json.loads(file.read_text())["result"] if args.only and file.exists() else {}
     for bits in (8, 6):
         for per in ("tensor", "token"):
-            for method, transforms in METHODS.items():
+            for row, (method, transforms) in METHODS.items():
                 if per == "token" and "token_wise_clipping" in transforms:
                     continue
-                label = f"W{bits}A{bits} {'static ' * (per == 'tensor')}per {per}, {method}"
+                label = f"W{bits}A{bits} {'static ' * (per == 'tensor')}per {per}, {row}"
                 if args.only not in label or label in rows:
                     continue
                 model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
                 rounding = {"bits": bits, "per": per, "static": per == "tensor"}
-                settings = {"method": "rtn", "bits": bits, "group_size": -1, "scale_bits": 16, "quantize_embeddings": False}
+                settings = {"method": method, "bits": bits, "group_size": -1, "scale_bits": 16, "quantize_embeddings": False}
                 needs = per == "tensor" or transforms in (["gamma_migration"], ["outlier_suppression_plus"])
                 data = {"calibration": windows} if needs else {}
                 low = quantize(model, LowBitConfig(**settings, activation_bits=rounding, transforms=transforms, **data))

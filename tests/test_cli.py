@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hf_lowbit
 from hf_lowbit import demo
 from hf_lowbit.cli import main
+from hf_lowbit.plugin.outliers import Channels
 from hf_lowbit.solvers import SOLVERS
 
 SOURCE = str(demo.embedded_model())
@@ -255,6 +257,20 @@ def test_outliers_are_listed_before_and_after_and_drawn(tmp_path):
     text = page.read_text(encoding="utf-8")
     assert "data:image/png;base64," in text
     assert text.count("<tr>") == 29
+    assert "<h1>Outliers of embedded before and after hadamard</h1>" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("model.layers.11.self_attn.q_proj", (11, "self_attn.q_proj")),
+        ("transformer.h.3.mlp.c_proj", (3, "mlp.c_proj")),  # attention has a c_proj, too
+        ("model.layers.2.mlp.experts.5.w1", (2, "mlp.experts.5.w1")),
+        ("pooler.dense", (0, "pooler.dense")),
+    ],
+)
+def test_a_matrix_is_drawn_at_its_layer_beside_its_like(name, place):
+    assert Channels(name, torch.ones(2), torch.ones(2)).place == place
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,9 @@ def _run_outliers(args: argparse.Namespace) -> None:
     checkpoint.check_fits(model, ids, windows.shape[1])
     before = outliers.examine(model, windows)
     later = outliers.after(model, config, windows) if config.transforms else None
-    title = f"{Path(args.directory).name}" + (f" and {', '.join(map(str, config.transforms))}" if config.transforms else "")
+    title = f"Outliers of {Path(args.directory).name}"
+    if config.transforms:
+        title += f" before and after {', '.join(entry.name for entry, _ in config.parsed_transforms())}"
     if args.plot:
         outliers.plot(args.plot, before, later, title)
     pairs = [(one, next((x for x in later or () if x.name == one.name), None)) for one in before]

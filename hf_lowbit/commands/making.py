@@ -91,7 +91,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         return print_json(contents_json(args.destination) | {"destination": args.destination, "report": rows})
     print(report)
     if any("error" in row for row in rows):
-        _print_report(rows)
+        _print_report([row for row in rows if "left_alone" not in row])
     print(f"written to {args.destination}")
 
 

@@ -45,11 +45,10 @@ ENDS = "ends"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What :func:`compress` did: report, steps of transforms for the manifest, and (site, reason) of what they skipped."""
+    """What :func:`compress` did: the report, and the steps of transforms for the manifest."""
 
     report: Report
     steps: list[dict[str, str]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
 def needs_calibration(config: LowBitConfig) -> str | None:
@@ -162,10 +161,10 @@ def compress(
         share: this process's share of the work; None asks the environment.
 
     Returns:
-        A row per matrix and one per learned block, and what transforms did and left alone.
+        A row per matrix, one per learned block and one per place that a transform left alone; and what transforms did.
     """
     windows = None if calibration is None else calibration.windows
-    rewriting = rewrite(model, config, targets, windows) if config.transforms else Rewriting()
+    rewriting = rewrite(model, config, targets, windows)
     if config.transforms:
         files = ()  # they hold the weights from before
     blocks = find_blocks(model, list(targets.chosen), Shards(files))
@@ -175,7 +174,7 @@ def compress(
         specs = {name: without_data(spec) for name, spec in specs.items()}
     outside = [name for name in targets.chosen if name not in set(inside)]
     parts = len(blocks) + bool(outside)
-    report: Report = []
+    report: Report = list(rewriting.left_alone)
 
     def done(block: Block, tensors: Mapping[str, LowBitTensor], rows: Report) -> None:
         for name, tensor in tensors.items():
@@ -198,7 +197,7 @@ def compress(
         round_activations(model, config, targets, rewriting, windows)
     finally:
         model.train(was_training)
-    return Outcome(report, rewriting.steps, rewriting.skipped)
+    return Outcome(report, rewriting.steps)
 
 
 def _never_opened() -> Any:

@@ -39,6 +39,7 @@ class Explanation:
 
     tensors: list[TensorLine] = field(default_factory=list)
     kept: dict[str, tuple[int, str]] = field(default_factory=dict)  # name -> bytes, reason
+    left_alone: list[tuple[str, str, str]] = field(default_factory=list)  # place, transform, reason; of a model just made
     bytes: int = 0
     bits_per_weight_linears: float = 0.0
     bits_per_weight_model: float = 0.0
@@ -61,6 +62,7 @@ class Explanation:
             )
         for name, (size, reason) in self.kept.items():
             lines.append(f"{name:{width}}  kept in high precision, {size:,} bytes: {reason}")
+        lines += [f"{name:{width}}  left alone by {transform}: {reason}" for name, transform, reason in self.left_alone]
         lines.append(
             f"{self.bytes:,} bytes; {self.bits_per_weight_linears:.3f} bits per weight in the quantized matrices inside "
             f"blocks, {self.bits_per_weight_model:.3f} over the whole model"
@@ -104,8 +106,10 @@ def explain(model: PreTrainedModel, strict: bool = False) -> Explanation:
     for name, reason in (quantizer.targets.kept if quantizer is not None else {}).items():
         found = _parameter(model, name)
         kept[name] = (found.numel() * found.element_size() if found is not None else 0, reason)
+    rows = [] if quantizer is None else [row for row in quantizer.report if "left_alone" in row]
+    left = [(row["name"], row["transform"], row["left_alone"]) for row in rows]
     blocks = ledger(block_layouts or layouts).bits_per_weight
-    return Explanation(tensors, kept, total, blocks, 8 * total / weights)
+    return Explanation(tensors, kept, left, total, blocks, 8 * total / weights)
 
 
 def _inputs_of(module: Any) -> str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 TOKENS_PER_PASS = 2048
 # A channel is an outlier if its largest value is this many times the median channel's.
 OUTLIER = 6.0
+# An axis that spans less than this is labelled between its powers of ten as well.
+FEW_DECADES = 50
 PLOTS = (".png", ".svg", ".pdf", ".html")
 
 
@@ -37,6 +39,13 @@ class Channels:
     name: str
     inputs: Tensor
     weights: Tensor
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Number of the layer, 0 outside of all, and the name within it."""
+        parts = self.name.split(".")
+        number = next((n for n, part in enumerate(parts) if part.isdigit()), -1)
+        return (int(parts[number]) if number >= 0 else 0), ".".join(parts[number + 1 :])
 
     def summary(self) -> dict[str, Any]:
         """Largest value, its ratio to the median channel's, and how many channels are outliers, of inputs and weights."""
@@ -119,13 +128,21 @@ def plot(path: str | Path, before: Sequence[Channels], later: Sequence[Channels]
     rows = "".join(_row(one, other) for one, other in _pairs(before, later))
     head = "".join(f"<th>{text}</th>" for text in COLUMNS)
     body = (
-        f'<h1>{escape(title)}</h1><img alt="Every channel of every layer" src="data:image/png;base64,{encoded}">'
-        f"<table><tr>{head}</tr>{rows}</table>"
+        f"<h1>{escape(title)}</h1><p>{ABOUT}</p>"
+        f'<img alt="Every channel of every layer" src="data:image/png;base64,{encoded}">'
+        f'<div class="wide"><table><tr>{head}</tr>{rows}</table></div>'
     )
-    style = ":root { --width: 80em; } td, th { text-align: right; padding: 0 .6em; } td:first-child { text-align: left; }"
-    path.write_text(page(title, body, style, images=True), encoding="utf-8")
+    path.write_text(page(title, body, STYLE, images=True), encoding="utf-8")
 
 
+ABOUT = (
+    "For each matrix the largest absolute value of every input channel on the text, and of every column of its weights: the "
+    f"largest of all, how many times the median it is, and how many are outliers, beyond {OUTLIER:g} times the median."
+)
+STYLE = (
+    ":root { --width: 80em; } .wide { overflow-x: auto; } td, th { text-align: right; padding: 0 .6em; } "
+    "td, th { white-space: nowrap; } tr > :first-child { text-align: left; padding-left: 0; } img { margin-bottom: 1em; }"
+)
 COLUMNS = ("matrix", "inputs: largest", "/ median channel", "outliers", "weights: largest", "/ median column", "outliers")
 
 
@@ -166,38 +183,49 @@ def _pairs(before: Sequence[Channels], later: Sequence[Channels] | None) -> list
 def _figure(before: Sequence[Channels], later: Sequence[Channels] | None, title: str) -> Any:
     from matplotlib.figure import Figure
 
-    kinds = list(dict.fromkeys(one.name.rpartition(".")[2] for one in before))
+    kinds = list(dict.fromkeys(one.place[1] for one in before))
+    layers = 1 + max(one.place[0] for one in before)
     times = [("", before)] if later is None else [("before", before), ("after", later)]
     columns = [(what, when, found) for what in ("inputs", "weights") for when, found in times]
-    figure = Figure(figsize=(3.2 * len(columns), 1.0 + 1.7 * len(kinds)), layout="constrained")
+    width = min(8.0, max(3.2, 0.2 * layers))
+    figure = Figure(figsize=(width * len(columns), 1.0 + 1.7 * len(kinds)), layout="constrained")
     axes = figure.subplots(len(kinds), len(columns), squeeze=False)
     for row, kind in enumerate(kinds):
         for what in ("inputs", "weights"):
             shown = [axes[row][n] for n, column in enumerate(columns) if column[0] == what]
             _draw(shown, kind, what, times)
-        axes[row][0].set_ylabel(kind)
+        axes[row][0].set_ylabel(kind, fontsize="small")
+        for axis in axes[row]:
+            axis.set_xlim(-0.5, layers - 0.5)
     for number, (what, when, _) in enumerate(columns):
         axes[0][number].set_title(f"max |{what}| {when}".strip())
         axes[-1][number].set_xlabel("layer")
-    axes[0][0].legend(fontsize="small", loc="upper left", bbox_to_anchor=(0, 0.75))
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2)
     figure.suptitle(f"{title}; every point a channel, red beyond {OUTLIER:g} times the median")
     return figure
 
 
 def _draw(shown: Sequence[Any], kind: str, what: str, times: Sequence[tuple[str, Sequence[Channels]]]) -> None:
     """One kind of matrix, before and after on one scale: all channels as points, median and maximum as lines."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     ends: list[float] = []
     for axis, (_, found) in zip(shown, times, strict=True):
-        layers = [getattr(one, what).clamp_min(1e-6) for one in found if one.name.rpartition(".")[2] == kind]
-        for number, values in enumerate(layers):
+        layers = [(one.place[0], getattr(one, what).clamp_min(1e-6)) for one in found if one.place[1] == kind]
+        for number, values in layers:
             spread = number + torch.linspace(-0.3, 0.3, len(values))
             axis.plot(spread, values, ".", markersize=1.5, color="tab:blue", alpha=0.5)
             far = values > OUTLIER * values.median()
             axis.plot(spread[far], values[far], ".", markersize=5, color="tab:red")
             ends += [float(values.quantile(0.001)), float(values.max())]
-        axis.plot([float(values.max()) for values in layers], color="tab:red", linewidth=1, label="largest")
-        axis.plot([float(values.median()) for values in layers], color="black", linewidth=1, label="median")
+        numbers = [number for number, _ in layers]
+        axis.plot(numbers, [float(values.max()) for _, values in layers], color="tab:red", linewidth=1, label="largest")
+        axis.plot(numbers, [float(values.median()) for _, values in layers], color="black", linewidth=1, label="median")
         axis.set_yscale("log")
         axis.xaxis.get_major_locator().set_params(integer=True)
+    low, high = min(ends) / 1.5, max(ends) * 1.5
     for axis in shown:
-        axis.set_ylim(min(ends) / 1.5, max(ends) * 1.5)
+        axis.set_ylim(low, high)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.yaxis.set_minor_formatter("{x:g}" if high / low < FEW_DECADES else NullFormatter())

@@ -43,7 +43,8 @@ def quantize(
 
     Returns:
         The model; ``save_pretrained``, ``push_to_hub`` and ``dequantize`` work on it as after ``from_pretrained``.
-        ``model.hf_quantizer.report`` has a row for each matrix a calibrated method solved.
+        ``model.hf_quantizer.report`` has a row for each matrix a calibrated method solved and each place a transform left
+        alone.
 
     Raises:
         BadRequest: calibration data is missing, not used or unfit, or the model is quantized already.

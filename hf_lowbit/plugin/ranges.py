@@ -18,6 +18,8 @@ from hf_lowbit.plugin.modules import ActivationQuantizer, LowBitLinear
 from hf_lowbit.transforms import Extremes, RangeBench
 
 TOKENS_PER_PASS = 2048
+# Most tokens that ranges are judged by, beyond four windows: their outputs are kept, which a large vocabulary makes large.
+JUDGED = 512
 
 
 @dataclass
@@ -26,8 +28,13 @@ class ModelRanges(RangeBench):
 
     model: Any = None
     windows: Tensor | None = None
-    judged: int = 4
     _expected: list[Tensor] = field(default_factory=list)
+
+    @property
+    def judged(self) -> int:
+        """Windows that :meth:`loss` sees: an eighth of them up to :data:`JUDGED` tokens, and four at least."""
+        assert self.windows is not None
+        return max(4, min(len(self.windows) // 8, JUDGED // self.windows.shape[1]))
 
     def set(self, ranges: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Put steps and zero points for (lowest, highest) values ``[steps]`` of each quantizer in place."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_lowbit.errors import BadRequest, LowBitError
+from hf_lowbit.errors import BadRequest, LowBitError, WeightError
 from hf_lowbit.format.activations import ActivationLayout, Activations, ActivationSpec
 from hf_lowbit.format.spec import Spec
 from hf_lowbit.plugin.config import LowBitConfig
@@ -42,14 +42,14 @@ class Rewriting:
     Attributes:
         intakes: what stays at run time, by weight name.
         steps: what was done, for the manifest.
-        skipped: (site, reason) of what was left alone.
+        left_alone: a row for the report of each site or matrix that a transform left alone, and why.
         bench: for undoing it.
         dtype: of the model before, for what stays in high precision.
     """
 
     intakes: Intakes = field(default_factory=Intakes)
     steps: list[dict[str, str]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    left_alone: list[dict[str, str]] = field(default_factory=list)
     bench: Bench | None = None
     dtype: torch.dtype | None = None
 
@@ -111,14 +111,15 @@ def untie(model: PreTrainedModel) -> int:
 
 
 def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, windows: Tensor | None) -> Rewriting:
-    """Apply the transforms of a config to a dense model, which becomes float32, in place.
+    """Apply the transforms of a config to a dense model, which becomes float32, in place; without any, nothing happens.
 
     Args:
         targets: what will be low-bit.
         windows: calibration windows int64 ``[n, T]``; None without.
 
     Raises:
-        BadRequest: a model whose graph cannot be found or that a transform does not fit, or one that was transformed before.
+        BadRequest: a model whose graph cannot be found or that a transform does not fit, one that was transformed before, or
+            too little calibration text.
         WeightError: a weight that a fold would overflow.
     """
     asked = config.parsed_transforms()
@@ -128,7 +129,9 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
             raise BadRequest(
                 f"transform {entry.name!r} was applied to this model before ({', '.join(before)}). Start from the original."
             )
-    _check_tokens(asked, windows)
+    _check_tokens(config, windows)
+    if not asked:
+        return Rewriting()
     done = Rewriting(dtype=model.dtype)
     _to_dtype(model, torch.float32)
     low_bit = {name for name, kind in targets.chosen.items() if kind == "linear"}
@@ -136,10 +139,11 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
         graph_of(model), Weights.of(model), low_bit, config.activation_spec(), config.seed, done.intakes,
         model=model, windows=windows, matrix=config.spec(),
     )  # fmt: skip
+    unread = low_bit - {reader.weight for site in bench.graph.sites for reader in site.readers}
     for entry, settings in asked:
         if entry.kind == "range":
             continue
-        count = len(bench.steps)
+        count, left = len(bench.steps), len(bench.skipped)
         bench.forget()
         with torch.no_grad():
             entry.run(bench, settings)
@@ -149,16 +153,23 @@ def rewrite(model: PreTrainedModel, config: LowBitConfig, targets: Targets, wind
             reasons = "; ".join(f"{site}: {why}" for site, why in [*bench.skipped, *bench.graph.report()][:3])
             raise BadRequest(f"transform {entry.name!r} found nothing it can do in {type(model).__name__} ({reasons}).")
         done.steps += [{"transform": entry.name, **step.describe()} for step in bench.steps[count:]]
-    done.skipped = bench.skipped
+        bench.skipped += [(name, "the traced pass did not reach it") for name in sorted(unread)]
+        done.left_alone += [
+            {"name": name, "transform": entry.name, "left_alone": reason}
+            for name, reason in dict.fromkeys(bench.skipped[left:])
+        ]
     return done
 
 
-def _check_tokens(asked: Sequence[Any], windows: Tensor | None) -> None:
-    tokens = 0 if windows is None else windows.numel()
-    wanting = next((entry.name for entry, _ in asked if entry.needs in ("inputs", "rounding")), None)
-    if wanting is not None and tokens < FEWEST_TOKENS:
+def _check_tokens(config: LowBitConfig, windows: Tensor | None) -> None:
+    tokens, spec = 0 if windows is None else windows.numel(), config.activation_spec()
+    wanted = ("inputs", "rounding") if windows is None else ("inputs", "rounding", "helped")
+    asked = [f"transform {entry.name!r}" for entry, _ in config.parsed_transforms() if entry.needs in wanted]
+    if spec is not None and spec.static:
+        asked.append("a static range")
+    if asked and tokens < FEWEST_TOKENS:
         raise BadRequest(
-            f"transform {wanting!r} needs at least {FEWEST_TOKENS} tokens of calibration text to see the range of each "
+            f"{asked[0]} needs at least {FEWEST_TOKENS} tokens of calibration text to see the range of each "
             f"channel, got {tokens}. Give more: --calibration FILE --sequences N --length T."
         )
 
@@ -295,7 +306,19 @@ def quantizers(
 
 
 def back_to(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give what stayed in high precision the dtype it had before the rewriting."""
+    """Give what stayed in high precision the dtype it had before the rewriting.
+
+    Raises:
+        WeightError: a number that it cannot hold.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel():
+            largest = float(parameter.detach().abs().max())
+            if largest > torch.finfo(dtype).max:
+                raise WeightError(
+                    f"{name}: transforms made it as large as {largest:.3g}, which {dtype} cannot hold. "
+                    "Load the model in bfloat16 or float32."
+                )
     _to_dtype(model, dtype)
     for module in model.modules():
         if "dtype_like" in module._buffers:

@@ -25,11 +25,12 @@ def awq(bench: Bench, options: Mapping[str, Any]) -> None:
     grid = int(options["grid"])
     for site, _, seen in bench.watched():
         loss = site_loss(bench, site, seen.sample)
-        mean = shared(site, seen.mean.clamp_min(SMALLEST))
+        mean = seen.mean.clamp_min(SMALLEST)
         candidates = []
         for power in range(grid):
             factor = mean ** (power / grid)
-            factor = factor / (factor.max() * factor.min()).sqrt()
+            # Shared last: powers of equal numbers differ in their last bit between vector lanes and the rest.
+            factor = shared(site, factor / (factor.max() * factor.min()).sqrt())
             candidates.append((loss(factor, None), power, factor))
         _, power, best = min(candidates, key=lambda found: found[:2])
         if power and bool(torch.isfinite(best).all()):

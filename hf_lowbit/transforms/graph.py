@@ -6,7 +6,7 @@ inverse. What is not proven is left alone, with the reason in ``trouble``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,17 +138,40 @@ def find_graph(
             labels = trace.labels(tensor)
             if labels is not None:
                 trace.use(labels, "output", -1)
-    graph = Graph()
+    graph, idle = Graph(), _idle(model, trace)
     for number, source in enumerate(trace.sources):
         if any(use.op == "read" for use in source.uses):
-            graph.sites.append(_site(trace, number, source))
-    graph.residual = _residual(trace, graph)
+            graph.sites.append(_site(trace, number, source, idle))
+    graph.residual = _residual(trace, graph, idle)
     return graph
 
 
-def _site(trace: Trace, number: int, source: Source) -> Site:
+def _idle(model: nn.Module, trace: Trace) -> dict[str, str]:
+    """Block -> a matrix in it that the traced pass never touched, such as an expert that no token chose.
+
+    What it reads when it does run is not known, so of its block nothing is.
+    """
+    tables = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    found: dict[str, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and name not in trace.taken and name not in tables:
+            found.setdefault(_block(name), name)
+    return found
+
+
+def _block(name: str) -> str:
+    """``model.layers.3`` for what lies in that block, and nothing for what lies in none."""
+    parts = name.split(".")
+    number = next((n for n, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: number + 1])
+
+
+def _site(trace: Trace, number: int, source: Source, idle: Mapping[str, str]) -> Site:
     reads = [r for r in trace.reads if r.columns is not None and bool((source_of(r.columns) == number).any())]
     trouble = _unread(trace, source, reads, number)
+    stranger = next((idle[block] for r in reads if (block := _block(r.weight)) in idle), None)
+    if trouble is None and stranger is not None:
+        trouble = f"{stranger} did not run on the tokens tried and may read it, too"
     readers = tuple(Reader(r.weight, r.bias, r.axis, channel_of(r.columns)) for r in reads if r.columns is not None)
     name = _joined([r.weight.removesuffix(".weight") for r in readers])
     producer = None
@@ -209,7 +232,7 @@ def _producer(trace: Trace, labels: Tensor, through: tuple[str, ...], user: int 
     return reason
 
 
-def _residual(trace: Trace, graph: Graph) -> Residual:
+def _residual(trace: Trace, graph: Graph, idle: Mapping[str, str]) -> Residual:
     """The stream that starts at the embeddings, followed through every sum."""
     tables = {n for n, source in enumerate(trace.sources) if source.kind == "embedding"}
     if not tables:
@@ -226,7 +249,12 @@ def _residual(trace: Trace, graph: Graph) -> Residual:
             found |= {use.into for use in trace.sources[number].uses if use.op == "scaled" and number in tables}
         open_ones = found - members
         members |= found
-    return _checked(trace, graph, members)
+    stream = _checked(trace, graph, members)
+    roots = {_block(weight).rpartition(".")[0] for weight, _, _ in stream.writers}
+    stranger = next((name for block, name in idle.items() if block.rpartition(".")[0] in roots), None)
+    if stranger is not None:
+        return Residual(trouble=f"{stranger} did not run on the tokens tried and may read or write it, too")
+    return stream
 
 
 def _checked(trace: Trace, graph: Graph, members: set[int]) -> Residual:

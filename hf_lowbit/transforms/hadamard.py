@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_lowbit.errors import BadRequest
 from hf_lowbit.transforms.algebra import RotateHeads, RotateResidual, Scale, gain_of
 from hf_lowbit.transforms.registry import Bench, transform
 from hf_lowbit.transforms.rotations import random_hadamard, residual_rotation
@@ -43,7 +44,18 @@ def hadamard(bench: Bench, options: Mapping[str, Any]) -> None:
 
 
 def fold_gains(bench: Bench) -> None:
-    """Move the gains of all norms on the residual stream into their readers, so that the norms commute with rotations."""
-    for site in bench.graph.sites:
-        if site.source in bench.graph.residual.sites and site.producer is not None:
-            bench.apply(Scale(site, gain_of(bench.weights, site)))
+    """Move the gains of all norms on the residual stream into their readers, so that the norms commute with rotations.
+
+    Raises:
+        BadRequest: a gain of zero, which nothing can make 1. Nothing was changed then.
+    """
+    stream = [site for site in bench.graph.sites if site.source in bench.graph.residual.sites and site.producer is not None]
+    gains = [gain_of(bench.weights, site) for site in stream]
+    for site, gain in zip(stream, gains, strict=True):
+        if (zeros := int((gain == 0).sum())) and site.norm is not None:
+            raise BadRequest(
+                f"{site.norm.weight} holds {zeros} gains of zero, so its gains cannot move into the matrices behind it and "
+                "the residual stream cannot be rotated. Use a transform that scales (outlier_suppression_plus)."
+            )
+    for site, gain in zip(stream, gains, strict=True):
+        bench.apply(Scale(site, gain))

@@ -115,6 +115,7 @@ class Trace(TorchFunctionMode):
         self._labels: dict[int, Tensor] = {}
         self._alive: list[Any] = []  # so that no id is given twice
         self._names = {id(tensor): name for name, tensor in model.named_parameters(remove_duplicate=True)}
+        self.taken: set[str] = set()  # parameters that any operation was given
         self._depth = 0
         self._hooks: list[Any] = []
         for name, module in model.named_modules():
@@ -143,8 +144,10 @@ class Trace(TorchFunctionMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if self._depth == 0 and name not in METADATA:
-            self._record(name, func, args, kwargs, out)
+        if name not in METADATA:
+            self.taken.update(self._names[id(t)] for t in _tensors([args, kwargs]) if id(t) in self._names)
+            if self._depth == 0:
+                self._record(name, func, args, kwargs, out)
         return out
 
     def labels(self, tensor: Any) -> Tensor | None:

@@ -43,7 +43,10 @@ def qllm(bench: Bench, options: Mapping[str, Any]) -> None:
     """Reassemble the channels before every norm's and gate's readers, and correct each matrix."""
     for site, matrices, seen in bench.watched():
         readers = [reader for reader in site.readers if reader.weight in bench.low_bit]
-        if len(matrices) != len(readers) or site.kind == "attention":
+        if site.kind == "attention":
+            continue
+        if len(matrices) != len(readers):
+            bench.skip(site, "a matrix reads a part of it, or its channels in another order")
             continue
         ratio, grid = float(options["ratio"]), int(options["grid"])
         found, fitted = search(bench, site, matrices, seen.sample, seen.largest, ratio, grid)

@@ -114,13 +114,14 @@ class Bench(ABC):
     def watched(self, *kinds: str) -> Iterator[tuple[Site, list[Tensor], SiteInputs]]:
         """Each site of some ``kinds`` (all without) that low-bit matrices read, with those and what calibration saw of it.
 
-        Sites that no calibration text reached are noted as left alone.
+        Others, and those that no calibration text reached, are noted as left alone.
         """
         for site in self.graph.sites:
-            if (kinds and site.kind not in kinds) or not (matrices := self.matrices(site)):
+            if kinds and site.kind not in kinds:
                 continue
-            seen = self.inputs(site)
-            if seen is None:
+            if not (matrices := self.matrices(site)):
+                self.skip(site, "no low-bit linear layer reads all of it in order")
+            elif (seen := self.inputs(site)) is None:
                 self.skip(site, "no calibration text reached it")
             else:
                 yield site, matrices, seen

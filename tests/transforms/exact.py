@@ -76,6 +76,8 @@ class Float64(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wide = lambda value: torch.float64 if value is torch.float32 else value  # noqa: E731
+        if getattr(func, "__name__", "") == "view":  # of a type: stored bits read as numbers, which is no cast
+            return func(*args, **(kwargs or {}))
         kwargs = {key: wide(value) for key, value in (kwargs or {}).items()}
         if getattr(func, "__name__", "") == "float":
             return args[0].double()

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from hf_lowbit.errors import BadRequest, WeightError
-from hf_lowbit.transforms.algebra import RotateHeads, RotateResidual, Scale, Shift, Weights, gain_of
+from hf_lowbit.plugin.rewrite import unrounded
+from hf_lowbit.transforms.algebra import Rotate, RotateHeads, RotateResidual, Scale, Shift, Weights, gain_of
 from hf_lowbit.transforms.graph import Site
+from hf_lowbit.transforms.intake import Before, Intakes
 
 LAW = 1e-10
 
@@ -81,6 +84,37 @@ def test_folding_leaves_the_function_and_the_inverse_the_weights(exact, name):
     assert exact.relative(exact.logits(model), before) < LAW
     changed = [n for n, p in model.named_parameters() if not torch.equal(p, stored[n])]
     assert len(changed) >= len(steps)
+    for step in reversed(steps):
+        step.inverse().apply(weights)
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), stored[n], rtol=1e-9, atol=1e-11)
+
+
+def run_time_steps(model, graph, intakes):
+    """A scale, shift and rotation that stay before each linear layer; numbers that float32 holds, as it will store them."""
+    for site in graph.sites:
+        factor = (torch.rand(site.size, generator=draw(1)) * 3 + 0.2).double()
+        offset = torch.randn(site.size, generator=draw(2)).double()
+        for reader in site.readers:
+            module = model.get_submodule(reader.weight.rpartition(".")[0])
+            if isinstance(module, (torch.nn.Linear, Conv1D)) and "tied" not in (site.trouble or ""):
+                place = Before(intakes, reader)
+                yield from (Scale(site, factor, place), Shift(site, offset, place), Rotate(place))
+
+
+def test_what_stays_at_run_time_leaves_the_function(exact, often):
+    model, intakes = exact.make_model(often), Intakes()
+    before, weights = exact.logits(model), Weights.of(model)
+    stored = {n: p.detach().clone() for n, p in model.named_parameters()}
+    steps = list(run_time_steps(model, exact.graph_of(model), intakes))
+    for step in steps:
+        step.apply(weights)
+    assert len(steps) == 3 * len(intakes) > 0
+    with unrounded(model, intakes):
+        assert exact.relative(exact.logits(model), before) < LAW
+    for forgotten in intakes.keys() - {"pooler.dense.weight"}:  # which is not in what is compared
+        with unrounded(model, {weight: intake for weight, intake in intakes.items() if weight != forgotten}):
+            assert exact.relative(exact.logits(model), before) > 1e6 * LAW, f"{forgotten} does not matter"
     for step in reversed(steps):
         step.inverse().apply(weights)
     for n, p in model.named_parameters():

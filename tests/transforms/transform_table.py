@@ -5,6 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import families
+import torch
+
+from hf_lowbit import LowBitConfig
+from hf_lowbit.transforms import TRANSFORMS
+
+IDS = (torch.arange(24).view(2, 12) * 7) % 240 + 3
+WINDOWS = (torch.arange(8 * 32).view(8, 32) * 13) % 240 + 3
+
 
 @dataclass(frozen=True)
 class Row:
@@ -28,6 +37,24 @@ class Row:
     def asked(self) -> Any:
         """What a user would write."""
         return {"name": self.name, **self.settings} if self.settings else self.name
+
+    @property
+    def config(self) -> LowBitConfig:
+        """The transform alone at 8 bits, with calibration where it needs some."""
+        data = WINDOWS if TRANSFORMS[self.name].needs in ("inputs", "rounding") else None
+        settings = {"activation_bits": self.activations, "calibration": data}
+        return LowBitConfig(method="rtn", bits=8, transforms=[self.asked], **settings)
+
+
+def uneven(family: str) -> Any:
+    """A model of a family whose norms and biases are not those of a new one."""
+    model = families.make_model(family)
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=draw))
+    return model
 
 
 STATIC = {"bits": 8, "per": "tensor", "static": True}
