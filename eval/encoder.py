@@ -5,8 +5,8 @@
 
 The encoder is the one the package ships (a BERT of six layers, mean of the last hidden states). Sentences are lines of the
 text; calibration sees 128 windows of 32 tokens of another text, about as long as the sentences. Weights have one scale per
-row and are rounded to nearest, or solved by gptq where the row says so; activations have one static step per tensor or one
-per token.
+row and are rounded to nearest, or solved by gptq (in groups of 64) where the row says so; activations have one static step
+per tensor or one per token.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from transformers import AutoModel, AutoTokenizer
 from hf_lowbit import LowBitConfig, quantize
 from hf_lowbit.demo import calibration_text, held_out_text
 
-# row -> (method of the weights, transforms)
-METHODS: dict[str, tuple[str, list[Any]]] = {
-    "none": ("rtn", []),
-    "token_wise_clipping": ("rtn", ["token_wise_clipping"]),
-    "gamma_migration": ("rtn", ["gamma_migration"]),
-    "gamma_migration + token_wise_clipping (Outlier Suppression)": ("rtn", ["gamma_migration", "token_wise_clipping"]),
-    "the same, weights by gptq": ("gptq", ["gamma_migration", "token_wise_clipping"]),
-    "outlier_suppression_plus": ("rtn", ["outlier_suppression_plus"]),
-    "hadamard": ("rtn", ["hadamard"]),
+BOTH = ["gamma_migration", "token_wise_clipping"]
+# row -> (method of the weights, their groups, transforms)
+METHODS: dict[str, tuple[str, int, list[Any]]] = {
+    "none": ("rtn", -1, []),
+    "token_wise_clipping": ("rtn", -1, ["token_wise_clipping"]),
+    "gamma_migration": ("rtn", -1, ["gamma_migration"]),
+    "gamma_migration + token_wise_clipping (Outlier Suppression)": ("rtn", -1, BOTH),
+    "the same, weights by gptq": ("gptq", -1, BOTH),
+    "the same, weights by gptq in groups of 64": ("gptq", 64, BOTH),
+    "outlier_suppression_plus": ("rtn", -1, ["outlier_suppression_plus"]),
+    "hadamard": ("rtn", -1, ["hadamard"]),
 }
 WINDOW, WINDOWS = 32, 128
 LONGEST = 128  # tokens of a sentence
@@ -80,7 +82,7 @@ def main() -> None:
     rows: dict[str, Any] = json.loads(file.read_text())["result"] if args.only and file.exists() else {}
     for bits in (8, 6):
         for per in ("tensor", "token"):
-            for row, (method, transforms) in METHODS.items():
+            for row, (method, group, transforms) in METHODS.items():
                 if per == "token" and "token_wise_clipping" in transforms:
                     continue
                 label = f"W{bits}A{bits} {'static ' * (per == 'tensor')}per {per}, {row}"
@@ -88,7 +90,13 @@ def main() -> None:
                     continue
                 model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
                 rounding = {"bits": bits, "per": per, "static": per == "tensor"}
-                settings = {"method": method, "bits": bits, "group_size": -1, "scale_bits": 16, "quantize_embeddings": False}
+                settings = {
+                    "method": method,
+                    "bits": bits,
+                    "group_size": group,
+                    "scale_bits": 16,
+                    "quantize_embeddings": False,
+                }
                 needs = per == "tensor" or transforms in (["gamma_migration"], ["outlier_suppression_plus"])
                 data = {"calibration": windows} if needs else {}
                 low = quantize(model, LowBitConfig(**settings, activation_bits=rounding, transforms=transforms, **data))
