@@ -116,7 +116,7 @@ def power_of_two(number: int) -> int:
 
 def user_file() -> Path:
     """Where this user's measured choices lie; the file need not be there."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf-lowbit", NAME)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "hf-lowbit", NAME)
 
 
 def read(file: Path) -> dict[str, dict[str, list[int]]]:
