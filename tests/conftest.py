@@ -13,7 +13,8 @@ import pytest
 from hypothesis import settings
 
 # Triton chooses compiler or interpreter when it is imported, by whichever test; `make test-gpu` asks for the compiler.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+EMULATED = os.environ.get("EMULATE_PTX") == "1"
+os.environ.setdefault("TRITON_INTERPRET", "0" if EMULATED else "1")
 
 # A failing example must fail again on the next run, and a slow machine is no failure.
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
@@ -59,6 +60,12 @@ def load_test_module() -> Callable[[str], ModuleType]:
 def golden_make() -> ModuleType:
     """The script that writes golden files: tests/golden/make.py."""
     return load("golden/make.py")
+
+
+@pytest.fixture(scope="session", autouse=EMULATED)
+def emulated() -> None:
+    """GPU kernels as compiled, run by an emulator: tests/kernels/emulated.py."""
+    load("kernels/emulated.py").install()
 
 
 @pytest.fixture

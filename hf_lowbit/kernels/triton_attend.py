@@ -20,11 +20,11 @@ WEIGHTS_VARY = ("width",)
 
 @triton.jit
 def load_queries(q_ptr, q, queries, dim, BLOCK_D: tl.constexpr):
-    """Queries float32 ``[q, BLOCK_D]`` brought to at most 1 by a power of two, which scales nothing away, and that power."""
+    """Queries float32 ``[q, BLOCK_D]`` brought below 2 by a power of two, which rounds nothing, and that power."""
     channel = tl.arange(0, BLOCK_D)[None, :]
     x = tl.load(q_ptr + q[:, None] * dim + channel, mask=(q < queries)[:, None] & (channel < dim), other=0.0)
     most = tl.maximum(tl.max(tl.abs(x), 1), 1e-30)
-    power = tl.exp2(tl.ceil(tl.log2(most)))
+    power = (most.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return x / power[:, None], power
 
 

@@ -2,7 +2,7 @@
 
 Like the compiled kernel it reads the stored tensors as they are (``hf_lowbit/kv``), each part of the sequence by several
 programs, whose sums one more launch joins in a fixed order: the same call gives the same bytes, and nothing waits for the
-device. Queries are brought to at most 1 by a power of two and multiplied in the dtype of 16-bit rows, else in fp16, like
+device. Queries are brought below 2 by a power of two and multiplied in the dtype of 16-bit rows, else in fp16, like
 the weights of values; levels are whole numbers and exact. Sums are float32.
 """
 

@@ -22,10 +22,11 @@ from hf_lowbit.kernels.triton_configs import Config, choose, gemm_rule, gemv_rul
 from hf_lowbit.kernels.triton_plan import PERMUTED, byte_planes, derived_bytes, plan, unsupported
 
 CUDA = torch.device("cuda")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu") if INTERPRETED else CUDA
+# In Triton's interpreter, or as compiled by an emulator (test_triton_emulated.py).
+ON_CPU = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("EMULATE_PTX") == "1"
+DEVICE = torch.device("cpu") if ON_CPU else CUDA
 runs = pytest.mark.skipif(
-    find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
+    find_spec("triton") is None or not (ON_CPU or torch.cuda.is_available()),
     reason="needs Triton, and its interpreter (TRITON_INTERPRET=1) or a GPU",
 )
 WIDTHS = (2, 3, 4, 8)
@@ -240,7 +241,7 @@ def test_the_same_call_gives_the_same_bytes(records):
 
 
 @runs
-@pytest.mark.skipif(INTERPRETED, reason="CUDA graphs need a GPU")
+@pytest.mark.skipif(ON_CPU, reason="CUDA graphs need a GPU")
 def test_calls_can_be_captured_in_a_graph(records):
     prepared = Triton().prepare(moved(records.fill(simple(512, 1024, group=64), 0)))
     for batch in (1, 16):

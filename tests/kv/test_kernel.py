@@ -15,11 +15,12 @@ from hf_lowbit.kernels import cpu_library, packed_cache, triton_cache
 from hf_lowbit.kv import kernel, reading
 from hf_lowbit.kv.attend import attend
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# In Triton's interpreter, or as compiled by an emulator (test_triton_emulated.py).
+ON_CPU = os.environ.get("TRITON_INTERPRET") == "1" or os.environ.get("EMULATE_PTX") == "1"
 CPU = torch.device("cpu")
 needs_cpu = pytest.mark.skipif(cpu_library.library() is None, reason=str(cpu_library.trouble()))
 needs_triton = pytest.mark.skipif(
-    find_spec("triton") is None or not (INTERPRETED or torch.cuda.is_available()),
+    find_spec("triton") is None or not (ON_CPU or torch.cuda.is_available()),
     reason="needs Triton, and its interpreter (TRITON_INTERPRET=1) or a GPU",
 )
 KINDS = [
@@ -53,8 +54,8 @@ def served(request, monkeypatch):
     if request.param == "triton":
         monkeypatch.setitem(kernel.KERNELS, "cpu", triton_cache)
         monkeypatch.setattr(triton_cache, "trouble", lambda device, dim: packed_cache.unfit(dim, triton_cache.MOST_DIM))
-        device = CPU if INTERPRETED else torch.device("cuda")
-        thorough = not INTERPRETED or request.node.get_closest_marker("slow") is not None
+        device = CPU if ON_CPU else torch.device("cuda")
+        thorough = not ON_CPU or request.node.get_closest_marker("slow") is not None
         yield SimpleNamespace(device=device, off=ROUNDED, thorough=thorough)
         return
     library = cpu_library.library()
