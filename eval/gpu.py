@@ -70,11 +70,15 @@ def copy_bandwidth(device: torch.device, seconds: float) -> float:
     return 2 * COPY_BYTES / median_seconds(lambda: target.copy_(source), seconds)
 
 
+def copies(shape: tuple[int, int], bits: int, device: torch.device) -> list[LowBitTensor]:
+    """Matrices of random codes, so many that no cache holds them all."""
+    count = max(2, TURNS_BYTES // ledger(record(shape, bits, torch.device("meta")).layout).bytes)
+    return [record(shape, bits, device) for _ in range(count)]
+
+
 def ours(shape: tuple[int, int], bits: int, batch: int, x: Tensor) -> tuple[list[Callable[[], Tensor]], float]:
     """Products by copies of a matrix that take turns, and the error of the first."""
-    backend, device = triton_backend.Triton(), x.device
-    count = max(2, TURNS_BYTES // ledger(record(shape, bits, torch.device("meta")).layout).bytes)
-    tensors = [record(shape, bits, device) for _ in range(count)]
+    backend, tensors = triton_backend.Triton(), copies(shape, bits, x.device)
     prepared = [backend.prepare(tensor) for tensor in tensors]
     wrong = error(tensors[0], x, backend.linear(x, prepared[0]))
     return [lambda one=one: backend.linear(x, one) for one in prepared], wrong
@@ -168,8 +172,7 @@ def tune(device: torch.device, seconds: float) -> None:
     backend = triton_backend.Triton()
     shapes = sorted({shape for model in gpu_models.MODELS for shape in gpu_models.matrices(gpu_models.config_of(model, 1))})
     for shape, bits in itertools.product(shapes, WIDTHS):
-        count = max(2, TURNS_BYTES // ledger(record(shape, bits, torch.device("meta")).layout).bytes)
-        prepared = [backend.prepare(record(shape, bits, device)) for _ in range(count)]
+        prepared = [backend.prepare(tensor) for tensor in copies(shape, bits, device)]
         triton_tune.tune(prepared, BATCHES, torch.bfloat16, seconds, triton_configs.FILE, print)
 
 

@@ -88,9 +88,7 @@ def built(kernel: Any, pointers: dict[str, str], constants: dict[str, Any], capa
         else:
             types[name] = "fp32" if name in ("factor", "scale") else "i32"
     free = {"batch", "factor", "supers", "per_super", "first", "count", "scale", "tokens", "queries", "heads"}
-    free |= set(
-        kernel.params[number].name for number in range(len(kernel.params)) if kernel.params[number].do_not_specialize
-    )
+    free |= {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     aligned = {
         (number,): [["tt.divisibility", 16]]
         for number, name in enumerate(kernel.arg_names)

@@ -20,7 +20,7 @@ from results_file import write
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from hf_lowbit.kv.settings import BLOCK
+from hf_lowbit.kernels.packed_cache import BLOCK
 
 SINKS = 4
 RULES = ("chance", "the newest stay", "all queries alike", "decay 0.95", "future")

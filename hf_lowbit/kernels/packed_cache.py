@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_lowbit.errors import BadRequest
 from hf_lowbit.kernels import ops
 
+# Tokens of one packed block: a scale of a per-channel format serves that many of them.
 BLOCK = 64
 # Heads are whole multiples of so many numbers.
 HEAD_STEP = 16

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_lowbit.kernels.packed_cache import BLOCK, Blocks, Parts, Rows
 from hf_lowbit.kernels.triton_attend import blocks_kernel, join_kernel, rows_kernel, weights_kernel
 from hf_lowbit.kernels.triton_configs import RESIDENT, power_of_two
-from hf_lowbit.kernels.triton_launch import device_of, interpreted, on_device
+from hf_lowbit.kernels.triton_launch import device_of, given, interpreted, on_device
 
 # Sums a program holds, of queries and channels: with twice as many they spill. Blocks that are worth a program of their own.
 MOST_SUMS, LEAST_STEPS = 4096, 2
@@ -129,8 +129,8 @@ class Call(NamedTuple):
         shape, mask = self.shape, self.mask
         where = rows.positions
         rows_kernel[(count, shape.batch * shape.heads, shape.tiles)](
-            self.turned if rows.low else self.queries, rows.keys, rows.values, _or(rows.key_scale, rows.keys),
-            _or(rows.value_scale, rows.keys), _or(where, rows.keys), _or(mask.tensor, rows.keys), self.raw,
+            self.turned if rows.low else self.queries, rows.keys, rows.values, given(rows.key_scale, rows.keys),
+            given(rows.value_scale, rows.keys), given(where, rows.keys), given(mask.tensor, rows.keys), self.raw,
             *self.results, shape.heads, shape.tokens, shape.queries, shape.dim, self.scale, *mask.strides, rows.length,
             rows.first, rows.keys.shape[2], 0 if where is None else where.shape[2], each, self.length, slot, raw_at,
             self.raw.shape[2], INT8=rows.key_scale is not None, POSITIONS=where is not None, MASK=mask.kind,
@@ -143,7 +143,7 @@ class Call(NamedTuple):
         blocks_kernel[(count, shape.batch * shape.heads, shape.tiles)](
             self.turned, blocks.keys.view(torch.int32), blocks.values.view(torch.int32), blocks.key_scale, blocks.key_offset,
             blocks.value_scale, blocks.value_offset, blocks.key_levels, blocks.value_levels, blocks.positions,
-            _or(mask.tensor, blocks.keys), *self.results, shape.heads, shape.tokens, shape.queries, shape.dim, self.scale,
+            given(mask.tensor, blocks.keys), *self.results, shape.heads, shape.tokens, shape.queries, shape.dim, self.scale,
             *mask.strides, blocks.size, each, slot, KEY_BITS=blocks.key_bits, VALUE_BITS=blocks.value_bits,
             KEYS_BY_CHANNEL=blocks.keys_by_channel, VALUES_BY_CHANNEL=blocks.values_by_channel, MASK=mask.kind, ASM=asm,
             **self._constants(),
@@ -154,8 +154,3 @@ class Call(NamedTuple):
             "WIDE": interpreted(), "BLOCK_M": self.shape.block_m, "BLOCK_D": self.shape.block_d,
             "num_warps": self.shape.warps, "num_stages": 1,
         }  # fmt: skip
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    """A tensor, or in the place of none some other, which is never read."""
-    return other if tensor is None else tensor

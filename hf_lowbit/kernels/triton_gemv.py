@@ -1,8 +1,8 @@
 """One row of activations: a stream over the codes, multiplied as they come, with no tensor core in between.
 
 A program takes ``BLOCK_N`` rows of the matrix and walks along them ``BLOCK_U`` units at a time. Levels of 2 to 4 bits come
-in pairs of 16-bit floats and are multiplied so, two in an instruction, in sums of four that are then added in float32: 3.3,
-3.7 and 5.0 instructions a weight, where widening each level first took 5.5, 5.8 and 6.8 (``eval/gpu_static.py`` counts them
+in pairs of 16-bit floats and are multiplied so, two in an instruction, in sums of four that are then added in float32: 3.5,
+3.8 and 5.1 instructions a weight, where widening each level first took 5.5, 5.8 and 6.8 (``eval/gpu_static.py`` counts them
 in the compiled code). Rows of activations need not share a matrix: with ``EXPERTS`` each has the number of its own in a
 stack, so a few tokens of a mixture of experts are one launch.
 """

@@ -82,9 +82,9 @@ def rows(
     block = max(1, ROW_COLUMNS // stage.unit)
     with on_device(out):
         rows_kernel[(count, triton.cdiv(stage.units, block))](
-            tensors.table if ids is None else ids, tensors.codes, tensors.scale, _or(tensors.scale_super, tensors),
-            _or(tensors.offset, tensors), _or(tensors.offset_super, tensors), tensors.table,
-            _or(tensors.table_of_row, tensors), out, first, made.rows, made.columns, stage.words, stage.units,
+            given(ids, tensors.table), tensors.codes, tensors.scale, given(tensors.scale_super, tensors.table),
+            given(tensors.offset, tensors.table), given(tensors.offset_super, tensors.table), tensors.table,
+            given(tensors.table_of_row, tensors.table), out, first, made.rows, made.columns, stage.words, stage.units,
             stage.scale_stride, stage.supers, stage.per_super, made.factor,
             **_static(stage), PER_ROW=stage.tables > 1, PICK=ids is not None, BLOCK_U=block, num_warps=4, num_stages=1,
         )  # fmt: skip
@@ -118,7 +118,7 @@ def _terms(x: Tensor, made: Plan, stored: Sequence[Tensor], derived: Sequence[Te
         torch.mm(inner, from_f16_bits(named["low_rank_b"]).T * made.factor, out=parts[slot])
     size = batch * made.rows
     finish_kernel[(triton.cdiv(size, FINISH_BLOCK),)](
-        parts, parts if bias is None else bias, out, slots, size, made.rows, BIAS=bias is not None, BLOCK=FINISH_BLOCK
+        parts, given(bias, parts), out, slots, size, made.rows, BIAS=bias is not None, BLOCK=FINISH_BLOCK
     )
     return out
 
@@ -140,8 +140,8 @@ def _gemv(
     config = config or choose(stage, made.columns, 1, name, multiprocessors)
     block_u, each = _steps(stage, config.block_k, split)
     gemv_kernel[(triton.cdiv(stage.rows, config.block_n), x.shape[0], split)](
-        x, *_pointers(tensors, x.dtype), _or(tensors.row_ids, tensors), tensors.table if experts is None else experts,
-        x if bias is None else bias, out, stage.rows, made.columns, stage.words, stage.units, each, stage.scale_stride,
+        x, *_pointers(tensors, x.dtype), given(tensors.row_ids, tensors.table), given(experts, tensors.table),
+        given(bias, x), out, stage.rows, made.columns, stage.words, stage.units, each, stage.scale_stride,
         stage.supers, stage.per_super, made.factor, x.stride(0), out.shape[-1],
         **_static(stage), PER_ROW=stage.tables > 1, SUBSET=stage.subset, EXPERTS=experts is not None, BIAS=bias is not None,
         PERMUTE=_permuting(stage), ASM=asm, BLOCK_N=config.block_n, BLOCK_U=block_u,
@@ -156,7 +156,7 @@ def _gemm(
     batch = x.shape[0]
     grid = (triton.cdiv(stage.rows, config.block_n), triton.cdiv(batch, config.block_m), config.split)
     gemm_kernel[grid](
-        x, *_pointers(tensors, x.dtype), _or(tensors.row_ids, tensors), x if bias is None else bias, out, batch, stage.rows,
+        x, *_pointers(tensors, x.dtype), given(tensors.row_ids, tensors.table), given(bias, x), out, batch, stage.rows,
         made.columns, stage.words, stage.units, each, stage.scale_stride, stage.supers, stage.per_super, made.factor,
         x.stride(0), out.shape[-1],
         **_static(stage), PER_ROW=stage.tables > 1, SUBSET=stage.subset, BIAS=bias is not None, PERMUTE=_permuting(stage),
@@ -212,13 +212,14 @@ def _pointers(tensors: StageTensors, dtype: torch.dtype) -> list[Tensor]:
     planes = tensors.planes[torch.bfloat16 if dtype == torch.bfloat16 else torch.float16]
     optional = (tensors.scale_super, tensors.offset, tensors.offset_super)
     return [
-        tensors.codes, tensors.scale, *(_or(one, tensors) for one in optional), tensors.table,
-        planes, tensors.unit, _or(tensors.table_of_row, tensors),
+        tensors.codes, tensors.scale, *(given(one, tensors.table) for one in optional), tensors.table,
+        planes, tensors.unit, given(tensors.table_of_row, tensors.table),
     ]  # fmt: skip
 
 
-def _or(tensor: Tensor | None, tensors: StageTensors) -> Tensor:
-    return tensors.table if tensor is None else tensor
+def given(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A tensor, or in the place of none some other, which the kernel never reads."""
+    return other if tensor is None else tensor
 
 
 def _permuting(stage: StagePlan) -> bool:

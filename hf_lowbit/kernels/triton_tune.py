@@ -109,9 +109,8 @@ def tune(
     for text, batch in itertools.product(layouts, batches):
         stage, columns = plan(text).stages[0], plan(text).columns
         x = torch.randn(batch, columns, dtype=dtype, device=device)
-        rule = triton_configs.rule(stage, columns, batch, multiprocessors)
-        found = _best(x, [one for one in matrices if one.layout == text], rule, seconds, clock)
-        found = found._replace(key=triton_configs.key(stage, columns, batch))
+        key, rule = triton_configs.key(stage, columns, batch), triton_configs.rule(stage, columns, batch, multiprocessors)
+        found = _best(key, x, [one for one in matrices if one.layout == text], rule, seconds, clock)
         _keep(file, name, found)
         out.append(found)
         faster = found.rule_seconds / found.seconds
@@ -122,7 +121,7 @@ def tune(
     return out
 
 
-def _best(x: Tensor, matrices: list[Prepared], rule: Config, seconds: float, clock: Clock) -> Tuned:
+def _best(key: str, x: Tensor, matrices: list[Prepared], rule: Config, seconds: float, clock: Clock) -> Tuned:
     backend = Triton()
     jobs: list[Job] = [lambda one=one: backend.linear(x, one) for one in matrices]  # type: ignore[misc]
     with triton_configs.forced(rule):
@@ -137,7 +136,7 @@ def _best(x: Tensor, matrices: list[Prepared], rule: Config, seconds: float, clo
                 took = float("inf")
         failed += took == float("inf")
         best, least = (config, took) if took < least else (best, least)
-    return Tuned("", best, least, rule_seconds, failed)
+    return Tuned(key, best, least, rule_seconds, failed)
 
 
 def _keep(file: Path, name: str, found: Tuned) -> None:

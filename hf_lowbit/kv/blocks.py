@@ -24,7 +24,7 @@ from torch import Tensor
 from hf_lowbit.format.levels import Levels, assign, parse_levels
 from hf_lowbit.format.packing import pack, unpack
 from hf_lowbit.format.scales import F16_MAX
-from hf_lowbit.kv.settings import BLOCK
+from hf_lowbit.kernels.packed_cache import BLOCK
 
 PARTS = {2: (2,), 3: (2, 1), 4: (4,)}
 LANES, QUAD = 16, 4

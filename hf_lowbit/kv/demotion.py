@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_lowbit.kernels.packed_cache import BLOCK
 from hf_lowbit.kv import importance
 from hf_lowbit.kv.holdings import Holdings
 from hf_lowbit.kv.rows import RowStore, gather, joined
-from hf_lowbit.kv.settings import BLOCK
 from hf_lowbit.kv.tiers import BlockTier, RowTier
 
 # Blocks quantized at a time.

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from hf_lowbit.kernels.packed_cache import BLOCK
 from hf_lowbit.kv import kernel
 from hf_lowbit.kv.layer import LowBitLayer
-from hf_lowbit.kv.settings import ATTENTION, BLOCK, CacheSettings, Tier
+from hf_lowbit.kv.settings import ATTENTION, CacheSettings, Tier
 
 if TYPE_CHECKING:
     from hf_lowbit.kv.cache import LowBitCache

@@ -9,11 +9,10 @@ from typing import Any
 
 from hf_lowbit.errors import BadRequest, unknown_name
 from hf_lowbit.format.levels import Levels, parse_levels
+from hf_lowbit.kernels.packed_cache import BLOCK
 
 # The attention function that reads packed caches, and its mask, in the host's registries.
 ATTENTION = "lowbit_kv"
-# Tokens of one packed block: a scale of a per-channel format serves that many of them.
-BLOCK = 64
 # Newest tokens in 16 bits.
 TAIL = 32
 # Widths of rows kept token by token, and of packed blocks.

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_lowbit.kernels.packed_cache import BLOCK
 from hf_lowbit.kv import blocks
 from hf_lowbit.kv.rows import RowStore
-from hf_lowbit.kv.settings import BLOCK, CacheSettings, Tier
+from hf_lowbit.kv.settings import CacheSettings, Tier
 
 # Largest factor a channel of keys is multiplied or divided by.
 MOST_BALANCE = 100.0

@@ -77,11 +77,8 @@ def bench(
     }
 
 
-def tune(model: PreTrainedModel, progress: Callable[[str], None] = lambda text: None) -> int:
+def tune(model: PreTrainedModel, progress: Callable[[str], None] = lambda text: None) -> None:
     """Measure block sizes of the GPU kernels for a model's matrices and keep them for this user and card.
-
-    Returns:
-        How many products were measured.
 
     Raises:
         BadRequest: none of its matrices runs on the GPU kernels.
@@ -100,9 +97,8 @@ def tune(model: PreTrainedModel, progress: Callable[[str], None] = lambda text: 
         why = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common()) or "it has no low-bit matrix"
         raise BadRequest(f"--tune measures block sizes of the GPU kernels, which run no matrix of this model ({why}).")
     file = triton_configs.user_file()
-    done = triton_tune.tune(found, (1, 16, 512), model.dtype, TUNE_SECONDS, file, progress)
+    triton_tune.tune(found, (1, 16, 512), model.dtype, TUNE_SECONDS, file, progress)
     progress(f"kept in {file}")
-    return len(done)
 
 
 def bytes_per_token(model: PreTrainedModel) -> int:

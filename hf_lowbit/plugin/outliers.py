@@ -20,6 +20,7 @@ from hf_lowbit.plugin.config import LowBitConfig
 from hf_lowbit.plugin.modules import LowBitLinear
 from hf_lowbit.plugin.rewrite import rewrite, unrounded
 from hf_lowbit.plugin.targets import ends_of
+from hf_lowbit.transforms.graph import block_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,9 +44,8 @@ class Channels:
     @property
     def place(self) -> tuple[int, str]:
         """Number of the layer, 0 outside of all, and the name within it."""
-        parts = self.name.split(".")
-        number = next((n for n, part in enumerate(parts) if part.isdigit()), -1)
-        return (int(parts[number]) if number >= 0 else 0), ".".join(parts[number + 1 :])
+        block = block_of(self.name)
+        return int(block.rpartition(".")[2] or 0), self.name.removeprefix(block).removeprefix(".")
 
     def summary(self) -> dict[str, Any]:
         """Largest value, its ratio to the median channel's, and how many channels are outliers, of inputs and weights."""

@@ -155,11 +155,11 @@ def _idle(model: nn.Module, trace: Trace) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and name not in trace.taken and name not in tables:
-            found.setdefault(_block(name), name)
+            found.setdefault(block_of(name), name)
     return found
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """``model.layers.3`` for what lies in that block, and nothing for what lies in none."""
     parts = name.split(".")
     number = next((n for n, part in enumerate(parts) if part.isdigit()), -1)
@@ -169,7 +169,7 @@ def _block(name: str) -> str:
 def _site(trace: Trace, number: int, source: Source, idle: Mapping[str, str]) -> Site:
     reads = [r for r in trace.reads if r.columns is not None and bool((source_of(r.columns) == number).any())]
     trouble = _unread(trace, source, reads, number)
-    stranger = next((idle[block] for r in reads if (block := _block(r.weight)) in idle), None)
+    stranger = next((idle[block] for r in reads if (block := block_of(r.weight)) in idle), None)
     if trouble is None and stranger is not None:
         trouble = f"{stranger} did not run on the tokens tried and may read it, too"
     readers = tuple(Reader(r.weight, r.bias, r.axis, channel_of(r.columns)) for r in reads if r.columns is not None)
@@ -250,7 +250,7 @@ def _residual(trace: Trace, graph: Graph, idle: Mapping[str, str]) -> Residual:
         open_ones = found - members
         members |= found
     stream = _checked(trace, graph, members)
-    roots = {_block(weight).rpartition(".")[0] for weight, _, _ in stream.writers}
+    roots = {block_of(weight).rpartition(".")[0] for weight, _, _ in stream.writers}
     stranger = next((name for block, name in idle.items() if block.rpartition(".")[0] in roots), None)
     if stranger is not None:
         return Residual(trouble=f"{stranger} did not run on the tokens tried and may read or write it, too")

@@ -293,7 +293,7 @@ def raw_half(x: np.ndarray, kind: str) -> Register:
 LOGIC: dict[str, Callable] = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor, "not": np.logical_not}
 FLOATS: dict[str, Callable] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: a * b + c, "max": np.fmax, "min": np.fmin,
-    "neg": np.negative, "abs": np.abs, "div": np.divide, "ex2": np.exp2, "lg2": np.log2,
+    "neg": np.negative, "abs": np.abs, "div": np.divide, "ex2": np.exp2,
 }  # fmt: skip
 
 
@@ -353,8 +353,7 @@ def convert(parts: list[str], inputs: Sequence[Register]) -> Register:
     if goal in ("f16", "bf16"):
         return raw_half(x, goal)
     if goal == "f32":
-        whole = next((part for part in parts if part in WHOLE), None) if source == "f32" else None
-        return raw_single(WHOLE[whole](x) if whole else x)
+        return raw_single(x)
     if x.dtype == np.float64:
         x = next(WHOLE[part] for part in parts if part in WHOLE)(x).astype(np.int64)
     # Cut off, then extended to the width of the register.

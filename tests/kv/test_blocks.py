@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_lowbit.kernels.packed_cache import BLOCK
 from hf_lowbit.kv import blocks
 from hf_lowbit.kv.rows import RowStore, to_int8
-from hf_lowbit.kv.settings import BLOCK
 from hf_lowbit.kv.tiers import Frame, balance_of, hadamard
 
 WIDTHS = (2, 3, 4)

@@ -168,15 +168,16 @@ def test_parts_that_do_not_fit_are_refused():
     tensors, layout = packed_cache.flatten(packed_cache.Parts(2, 69, (rows,), (blocks,)))
     found = packed_cache.parse(queries, queries, tensors, layout)
     assert found.asked == 5 and found.rows[0].keys is half and found.blocks[0].key_bits == 2
-    for words, change in {
-        "tensors that do not fit": (queries, tensors[:-1], layout),
-        "tensors that do not fit its": (queries, [*tensors, half], layout),
-        "tensors that do not fit its layout": (queries.half(), tensors, layout),
-        "tensors that do not fit its layout.": (queries[:, :3], tensors, layout),
-        r"rows \[1, 2, 8, 16\] do not fit 1 sequences of 2 heads of 32": (torch.zeros(1, 4, 1, 32), tensors, layout),
-        r"rows \[1, 2, 8, 16\]": (queries, tensors, [*layout[:4], 9, *layout[5:]]),
-        "do not fit heads of 16 numbers of 3 bits": (queries, tensors, [*layout[:8], 3, *layout[9:]]),
-    }.items():
+    misfit = "tensors that do not fit its layout."
+    for words, *change in (
+        (misfit, queries, tensors[:-1], layout),
+        (misfit, queries, [*tensors, half], layout),
+        (misfit, queries.half(), tensors, layout),
+        (misfit, queries[:, :3], tensors, layout),
+        (r"rows \[1, 2, 8, 16\] do not fit 1 sequences of 2 heads of 32", torch.zeros(1, 4, 1, 32), tensors, layout),
+        (r"rows \[1, 2, 8, 16\]", queries, tensors, [*layout[:4], 9, *layout[5:]]),
+        ("do not fit heads of 16 numbers of 3 bits", queries, tensors, [*layout[:8], 3, *layout[9:]]),
+    ):
         with pytest.raises(BadRequest, match=words):
             packed_cache.parse(change[0], *change)
     with pytest.raises(BadRequest, match="the queries are on cpu, a part of the cache on meta"):

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_lowbit.kernels.packed_cache import BLOCK
 from hf_lowbit.kv import blocks, importance
 from hf_lowbit.kv.attend import Segment, attend
 from hf_lowbit.kv.layer import LowBitLayer
-from hf_lowbit.kv.settings import BLOCK, CacheSettings
+from hf_lowbit.kv.settings import CacheSettings
 from hf_lowbit.kv.tiers import Frame
 
 SETTINGS = [
